@@ -1,0 +1,63 @@
+"""What every notebook and module promises, whatever it is about."""
+import ast, re
+from pathlib import Path
+
+import pytest
+from nbdev.process import NBProcessor
+
+root = Path(__file__).resolve().parents[1]
+notebooks = sorted(path for path in (root/'nbs').rglob('*.ipynb') if not any(part[0] in '_.' for part in path.relative_to(root).parts))
+chapters = [path for path in notebooks if path.parent.name == 'nbs' and re.match(r'\d\d_', path.name)]
+modules = [path.stem[3:] for path in chapters]
+machine_path = re.compile(r'(?<![\w.:/<+=~…])/[\w.-]+/[\w./-]+')
+data_uri = re.compile(r'base64,[\w+/=]+')
+
+
+def over(paths): return pytest.mark.parametrize('path', paths, ids=lambda path: path.relative_to(root/'nbs').as_posix())
+def cells(path, kind): return [cell for cell in NBProcessor(path).nb.cells if cell.cell_type == kind]
+def outputs(path): return [output for cell in cells(path, 'code') for output in cell.outputs]
+
+
+def texts(output):
+    "The text that a stored output shows"
+    parts = [output.get('text', ''), *(value for mime, value in output.get('data', {}).items() if mime.startswith('text/'))]
+    return [data_uri.sub('', ''.join(part)) for part in parts]
+
+
+@over(notebooks)
+def test_notebook_opens_with_title_and_promise(path):
+    first = cells(path, 'markdown')[0].source
+    assert re.match(r'# \S', first) and re.search(r'^> \S', first, re.M)
+
+
+@over(notebooks)
+def test_stored_outputs_are_clean(path):
+    assert not [output.ename for output in outputs(path) if output.output_type == 'error']
+    assert not [found for output in outputs(path) for text in texts(output) for found in machine_path.findall(text)]
+
+
+@over(notebooks)
+def test_notebook_is_small(path): assert path.stat().st_size < 1_500_000
+
+
+@over(notebooks)
+def test_page_is_in_the_sidebar(path):
+    page = path.relative_to(root/'nbs').as_posix()
+    assert f'- {page}\n' in (root/'nbs/_quarto.yml').read_text(encoding='utf-8')
+
+
+@over(chapters)
+def test_imports_have_cells_of_their_own(path):
+    "nbdev-docs runs every cell that imports, and of the others the exported ones only: code beside an import would miss the rest"
+    def mixed(cell):
+        imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for tree in cell.parsed_() or [] for node in ast.walk(tree)]
+        return any(imports) and not all(isinstance(tree, (ast.Import, ast.ImportFrom)) for tree in cell.parsed_())
+    exported = {'export', 'exports', 'exporti'}
+    assert not [cell.source for cell in cells(path, 'code') if not exported & cell.directives_.keys() and mixed(cell)]
+
+
+@pytest.mark.parametrize('module', [name for name in modules if (root/f'camkd_nb/{name}.py').exists()])
+def test_module_imports_only_from_those_above(module):
+    tree = ast.parse((root/f'camkd_nb/{module}.py').read_text(encoding='utf-8'))
+    imported = {node.module.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level and node.module}
+    assert imported <= set(modules[:modules.index(module)])

@@ -126,13 +126,14 @@ def region_masks(
     if mask is not None: inside = inside & (mask != VOID)[:, None]
     return inside if region == 'all' else inside & (logits.argmax(1)[:, None] == asked)
 
-# %% ../nbs/05_attention.ipynb #eb5d338f
+# %% ../nbs/05_attention.ipynb #83618546
 def class_weights(
     logits,  # (B, C, H, W), from a forward pass in eval mode with `Taps(..., start_graph=True)`
     activations,  # dict: path -> tensor (B, K, h, w), of that pass
     classes,  # int64 tensor (B, k), -1 for none
     regions,  # bool tensor (B, k, H, W)
     second_order=False,  # bool, let the weights themselves be differentiated
+    keep_graph=False,  # bool, for activations that will be differentiated through later
 ):  # dict: path -> float32 tensor (B, k, K)
     "The Grad-CAM weights: gradients of each image's class scores, averaged over positions."
     k, weights = classes.shape[1], {name: [] for name in activations}
@@ -141,7 +142,7 @@ def class_weights(
         region = regions[:, j, None].to(logits.dtype)
         direction = torch.zeros_like(logits).scatter_(1, index[:, j], region)
         gradients = torch.autograd.grad(logits, list(activations.values()), direction, create_graph=second_order,
-                                        retain_graph=second_order or j < k - 1)
+                                        retain_graph=keep_graph or second_order or j < k - 1)
         for name, gradient in zip(weights, gradients): weights[name].append(gradient.float().mean((2, 3)))
     empty = {name: a.new_zeros((len(a), 0, a.shape[1]), dtype=torch.float32) for name, a in activations.items()}
     return {name: torch.stack(parts, 1) if parts else empty[name] for name, parts in weights.items()}
@@ -176,7 +177,7 @@ def map_forward(
     if missing: raise ValueError(f'layer {missing[0]!r} did not run in the forward pass: tap one that does')
     return logits, taps.activations
 
-# %% ../nbs/05_attention.ipynb #8d3d340b
+# %% ../nbs/05_attention.ipynb #71f5b4ce
 def asked_classes(
     classes,  # None: those present in `mask`; a list, the same for all images; or an int tensor (B, k), -1 for none
     mask,  # int64 tensor (B, H, W), or None: the predicted classes
@@ -218,9 +219,9 @@ def class_attention(
     if mask is not None: mask = _at_size_of(logits, mask)
     asked = asked_classes(classes, mask, logits.detach(), max_classes, pick)
     regions = region_masks(asked, logits.detach(), mask, region)
-    with torch.enable_grad(): weights = class_weights(logits, activations, asked, regions, second_order)
-    if not any(p.requires_grad for p in model.parameters()) or not torch.is_grad_enabled():
-        activations = {name: a.detach() for name, a in activations.items()}
+    attached = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    with torch.enable_grad(): weights = class_weights(logits, activations, asked, regions, second_order, keep_graph=attached)
+    if not attached: activations = {name: a.detach() for name, a in activations.items()}
     return ClassMaps(weighted_maps(activations, weights), asked, logits.detach())
 
 def _check_batch(x, mask):

@@ -70,7 +70,7 @@ class Distill(Callback):
     def __getstate__(self):
         return {**super().__getstate__(), 'teacher': None, 'distiller': None}
 
-# %% ../nbs/07_distill.ipynb #f34f0f8b
+# %% ../nbs/07_distill.ipynb #34351e90
 @patch
 def before_fit(self: Distill):
     self.distiller, self.trained = None, False
@@ -80,7 +80,7 @@ def before_fit(self: Distill):
 def before_train(self: Distill):
     if self.teacher is None: raise ValueError('the teacher is not stored with a learner: set `learn.distill.teacher` before fitting again')
     if self.distiller is None:
-        self.distiller = Distiller(self.model, self.teacher.to(next(self.model.parameters()).device), self.terms)
+        self.distiller = Distiller(self.model, self.teacher.to(next(self.model.parameters()).device), list(self.terms.values()))
         for name, term in self.distiller.terms.items():
             if self.terms[name].layers is None: print(f'{name} compares (student: teacher) {term.layers}')
     self.trained = True

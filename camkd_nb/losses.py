@@ -97,10 +97,10 @@ class PixelKD(Term):
         valid = torch.ones_like(gap) if mask is None else (mask != VOID).float()
         return self.temperature**2 * (gap * valid).sum() / valid.sum().clamp(min=1)
 
-# %% ../nbs/06_losses.ipynb #d8e5a949
+# %% ../nbs/06_losses.ipynb #a402d7e9
 def _meet(a, b):
     size = [min(pair) for pair in zip(a.shape[-2:], b.shape[-2:])]
-    return F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
+    return tuple(x if list(x.shape[-2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
 
 def _unit(maps, valid):
     return F.normalize((maps * valid).flatten(2), dim=2)
@@ -139,7 +139,7 @@ class AttentionTransfer(Term):
             total = total + _each(map_distance(maps[0], maps[1].detach(), step.mask), seen)
         return total / len(self.layers)
 
-# %% ../nbs/06_losses.ipynb #3da14403
+# %% ../nbs/06_losses.ipynb #3ab9d266
 class ClassAttention(Term):
     "Squared distance between unit-length class attention maps of student and teacher."
     name, reads_maps = 'class_attention', True
@@ -159,6 +159,7 @@ class ClassAttention(Term):
         step,  # Step, with a teacher side that records a graph from its layers on
     ):  # scalar tensor
         classes, regions = self._asked(step)
+        if classes.shape[1] == 0: return step.student.logits.new_zeros((), dtype=torch.float32)
         theirs = _maps(step.teacher.logits, step.teacher.activations, self.layers.values(), classes, regions, step.teacher.activations)
         with torch.no_grad(): logits, activations = map_forward(step.student.model, step.x, list(self.layers))
         ours = _maps(logits, activations, self.layers, classes, regions, step.student.activations)

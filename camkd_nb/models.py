@@ -7,10 +7,11 @@ __all__ = ['BACKBONES', 'set_output_stride', 'build_backbone', 'PooledBatchNorm'
            'pspnet', 'deeplabv3', 'toy_backbone', 'toy_teacher', 'toy_student', 'model_names', 'build_model',
            'deeplabv3_mobilenetv2_voc', 'logits_of', 'flops', 'cost_table']
 
-# %% ../nbs/04_models.ipynb #406acba7
+# %% ../nbs/04_models.ipynb #cb3dede4
 import copy, difflib, time
 from collections import OrderedDict
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from urllib.error import URLError
 
@@ -215,16 +216,24 @@ def toy_backbone(
     set_output_stride(stages.values(), output_stride)
     return nn.Sequential(stages)
 
-# %% ../nbs/04_models.ipynb #adc869af
-def toy_teacher(n_classes:int=7, output_stride:int=8) -> SegmentationModel: # images to logits (B, n_classes, H, W)
+# %% ../nbs/04_models.ipynb #a8e8d324
+def toy_teacher(
+    n_classes:int=7, # background included
+    output_stride:int=8, # 8, 16 or 32
+    pretrained:bool=False, # load the weights that come with the package, trained on the built-in data
+) -> SegmentationModel: # images (B, 3, H, W) to logits (B, n_classes, H, W)
     "PSPNet with 0.86 million parameters, for images of 64 to 96 pixels."
-    return SegmentationModel(toy_backbone(16, 2, output_stride), PSPHead(128, n_classes, width=64, dropout=0.))
+    model = SegmentationModel(toy_backbone(16, 2, output_stride), PSPHead(128, n_classes, width=64, dropout=0.))
+    if not pretrained: return model
+    if n_classes != 7: raise ValueError(f'the trained toy teacher knows 7 classes, got n_classes={n_classes}: use pretrained=False')
+    model.load_state_dict(_read_state(files('camkd_nb') / 'weights/toy_teacher.pth'))
+    return model
 
 def toy_student(n_classes:int=7, output_stride:int=8) -> SegmentationModel: # images to logits (B, n_classes, H, W)
     "PSPNet with 0.12 million parameters, for images of 64 to 96 pixels."
     return SegmentationModel(toy_backbone(8, 1, output_stride), PSPHead(64, n_classes, width=32, dropout=0.))
 
-# %% ../nbs/04_models.ipynb #b02498f9
+# %% ../nbs/04_models.ipynb #a44ce2b4
 def model_names() -> list: # of str
     "Names that `build_model` knows."
     return ['toy_teacher', 'toy_student', *(f'{head}_{backbone}' for head in ('pspnet', 'deeplabv3') for backbone in BACKBONES)]
@@ -239,10 +248,11 @@ def build_model(
     _check_name(name, model_names(), 'model')
     head, backbone = name.split('_', 1)
     if head != 'toy': return dict(pspnet=pspnet, deeplabv3=deeplabv3)[head](backbone, n_classes, output_stride, pretrained)
-    if pretrained: raise ValueError(f'there are no ImageNet weights for {name!r}: use pretrained=False')
-    return dict(teacher=toy_teacher, student=toy_student)[backbone](n_classes, output_stride)
+    if backbone == 'teacher': return toy_teacher(n_classes, output_stride, pretrained)
+    if pretrained: raise ValueError(f'there are no trained weights for {name!r}: use pretrained=False')
+    return toy_student(n_classes, output_stride)
 
-# %% ../nbs/04_models.ipynb #0a7e7c74
+# %% ../nbs/04_models.ipynb #86dc247f
 def deeplabv3_mobilenetv2_voc(
     weights, # path of the state dict
 ) -> SegmentationModel: # images (B, 3, H, W) to logits (B, C, H, W)
@@ -257,7 +267,7 @@ def deeplabv3_mobilenetv2_voc(
     model.load_state_dict(state)
     return model
 
-# %% ../nbs/04_models.ipynb #e4c345eb
+# %% ../nbs/04_models.ipynb #e88e204e
 def logits_of(
     output, # tensor (B, C, H, W), or a dict that holds it under 'out'
 ) -> Tensor: # logits, (B, C, H, W)
@@ -267,13 +277,13 @@ def logits_of(
     got = f'a dict with the keys {list(output)}' if isinstance(output, Mapping) else type(output).__name__
     raise TypeError(f"a network must return a tensor, or a dict with a tensor under 'out', got {got}")
 
-# %% ../nbs/04_models.ipynb #13c6d169
+# %% ../nbs/04_models.ipynb #e3cc5200
 def flops(model:nn.Module, x:Tensor) -> int: # two for each multiply-add
     "Floating-point operations of one forward pass on `x`, in convolutions and matrix products."
     with FlopCounterMode(display=False) as counter, torch.no_grad(): model(x)
     return counter.get_total_flops()
 
-# %% ../nbs/04_models.ipynb #3ea7d335
+# %% ../nbs/04_models.ipynb #f0c556f0
 def _latency(model, x, repeats):
     times = []
     for _ in range(repeats + 1):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Distill', 'CAMDistill']
 
-# %% ../nbs/07_distill.ipynb #0403fddc
+# %% ../nbs/07_distill.ipynb #65af430f
 from functools import partial
 from types import SimpleNamespace
 
 from fastai.callback.core import Callback
+from fastai.imports import noop
 from fastai.learner import AvgSmoothLoss
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Distill(Callback):
     def __getstate__(self):
         return {**super().__getstate__(), 'teacher': None, 'distiller': None}
 
-# %% ../nbs/07_distill.ipynb #34351e90
+# %% ../nbs/07_distill.ipynb #2f6146ea
 @patch
 def before_fit(self: Distill):
     self.distiller, self.trained = None, False
@@ -82,7 +83,7 @@ def before_train(self: Distill):
     if self.distiller is None:
         self.distiller = Distiller(self.model, self.teacher.to(next(self.model.parameters()).device), list(self.terms.values()))
         for name, term in self.distiller.terms.items():
-            if self.terms[name].layers is None: print(f'{name} compares (student: teacher) {term.layers}')
+            if self.terms[name].layers is None and self.learn.logger is not noop: _announce(name, term.layers)
     self.trained = True
     vars(self.learn).pop('one_batch', None)
     self.learn.one_batch = partial(_guarded, self, self.learn.one_batch)
@@ -92,6 +93,9 @@ def after_train(self: Distill): vars(self.learn).pop('one_batch', None)
 
 @patch
 def after_fit(self: Distill): self.distiller = None
+
+def _announce(name, layers):
+    print(f'{name} compares ' + ', '.join(f"the student's {ours} with the teacher's {theirs}" for ours, theirs in layers.items()))
 
 def _guarded(distill, one_batch, *args):
     if distill.distiller is None: return one_batch(*args)
@@ -107,13 +111,13 @@ def after_loss(self: Distill):
         self.smooth[name].accumulate(SimpleNamespace(loss=value))
     self.learn.loss = self.loss_grad.clone()
 
-# %% ../nbs/07_distill.ipynb #76cfbd39
+# %% ../nbs/07_distill.ipynb #73186555
 class CAMDistill(Distill):
     "Class attention map distillation: `learn.fit(n, cbs=CAMDistill(teacher))`."
     def __init__(self,
         teacher: nn.Module,  # the trained network
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last two stages, printed
-        weight=.1,  # float ≥ 0, or a function: training progress 0 to 1 -> float ≥ 0
+        weight=.03,  # float ≥ 0, or a function: training progress 0 to 1 -> float ≥ 0
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present
     ):

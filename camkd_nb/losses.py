@@ -139,13 +139,13 @@ class AttentionTransfer(Term):
             total = total + _each(map_distance(maps[0], maps[1].detach(), step.mask), seen)
         return total / len(self.layers)
 
-# %% ../nbs/06_losses.ipynb #3ab9d266
+# %% ../nbs/06_losses.ipynb #398634dd
 class ClassAttention(Term):
     "Squared distance between unit-length class attention maps of student and teacher."
     name, reads_maps = 'class_attention', True
 
     def __init__(self,
-        weight=.1,  # float ≥ 0, or a function of training progress
+        weight=.03,  # float ≥ 0, or a function of training progress
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last two stages
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present

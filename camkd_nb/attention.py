@@ -177,7 +177,7 @@ def map_forward(
     if missing: raise ValueError(f'layer {missing[0]!r} did not run in the forward pass: tap one that does')
     return logits, taps.activations
 
-# %% ../nbs/05_attention.ipynb #71f5b4ce
+# %% ../nbs/05_attention.ipynb #0b60b293
 def asked_classes(
     classes,  # None: those present in `mask`; a list, the same for all images; or an int tensor (B, k), -1 for none
     mask,  # int64 tensor (B, H, W), or None: the predicted classes
@@ -200,6 +200,18 @@ def asked_classes(
         raise ValueError(f'classes holds {classes.min().item()} to {classes.max().item()}, but the network knows 0 to {n_classes - 1}')
     return classes.long()
 
+def _check_batch(x, mask):
+    if x.ndim != 4: raise ValueError(f'images of shape {tuple(x.shape)}: give a batch (B, 3, H, W)')
+    if mask is None: return
+    if mask.ndim != 3 or len(mask) != len(x):
+        raise ValueError(f'mask of shape {tuple(mask.shape)} does not fit images of shape {tuple(x.shape)}: give (B, H, W)')
+    if mask.is_floating_point(): raise TypeError(f'mask holds {mask.dtype}: give class indices, int64')
+
+def _at_size_of(logits, mask):
+    if mask.shape[-2:] == logits.shape[-2:]: return mask.long()
+    return F.interpolate(mask[:, None].float(), logits.shape[-2:], mode='nearest-exact')[:, 0].long()
+
+# %% ../nbs/05_attention.ipynb #cf5a0bc1
 def class_attention(
     model: nn.Module,  # a segmentation network, left as it was found
     x,  # images, (B, 3, H, W), normalised as the network wants them
@@ -223,14 +235,3 @@ def class_attention(
     with torch.enable_grad(): weights = class_weights(logits, activations, asked, regions, second_order, keep_graph=attached)
     if not attached: activations = {name: a.detach() for name, a in activations.items()}
     return ClassMaps(weighted_maps(activations, weights), asked, logits.detach())
-
-def _check_batch(x, mask):
-    if x.ndim != 4: raise ValueError(f'images of shape {tuple(x.shape)}: give a batch (B, 3, H, W)')
-    if mask is None: return
-    if mask.ndim != 3 or len(mask) != len(x):
-        raise ValueError(f'mask of shape {tuple(mask.shape)} does not fit images of shape {tuple(x.shape)}: give (B, H, W)')
-    if mask.is_floating_point(): raise TypeError(f'mask holds {mask.dtype}: give class indices, int64')
-
-def _at_size_of(logits, mask):
-    if mask.shape[-2:] == logits.shape[-2:]: return mask.long()
-    return F.interpolate(mask[:, None].float(), logits.shape[-2:], mode='nearest-exact')[:, 0].long()

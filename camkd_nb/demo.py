@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'fit', 'save_whole', 'trained_teacher', 'load_teacher', 'score_on_batches', 'Outcome', 'compare',
            'result_table', 'image_scores', 'telling_images', 'save_picture', 'run', 'main']
 
-# %% ../nbs/09_demo.ipynb #8aaf5bc2
+# %% ../nbs/09_demo.ipynb #5f030336
 import argparse, hashlib, importlib, io, os, sys, tempfile, time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from fastai.torch_core import default_device, set_seed
 from PIL import Image as PILImage
 from torch import nn
 
+from .attention import eval_mode
 from .data import voc_dls
 from .distill import CAMDistill
 from .explore import show_attention
 from .losses import ClassAttention, match_layers
 from .metrics import ConfusionMatrix, SegLoss, evaluate
-from .attention import eval_mode
 from .models import build_model, deeplabv3_mobilenetv2_voc, logits_of, toy_teacher
 from .toyvoc import TOY_CLASSES, cache_dir, toy_voc
 from .voc import voc_classes, voc_ids, voc_root
@@ -54,7 +54,7 @@ class Recipe:
         dls = voc_dls(self.tree, size=self.size, bs=bs, resize=self.resize, scale=self.scale, seed=seed, n_train=self.n_train)
         return dls.to(torch.device(self.device) if self.device else default_device())
 
-# %% ../nbs/09_demo.ipynb #74074946
+# %% ../nbs/09_demo.ipynb #d7729136
 class _Report(Callback):
     "One line of progress, and no validation between epochs."
     order = 70
@@ -62,6 +62,7 @@ class _Report(Callback):
     def before_fit(self): self.start = time.perf_counter()
     def before_validate(self): raise CancelValidException()
     def after_epoch(self):
+        "Say how far the training is."
         seconds = time.perf_counter() - self.start
         line = f'{self.label}: epoch {self.epoch + 1}/{self.n_epoch}, loss {self.smooth_loss:.3f}, {seconds:.0f} s'
         last = self.epoch + 1 == self.n_epoch
@@ -249,7 +250,7 @@ def _as_image(figure):
     figure.savefig(buffer, format='png', dpi=80, bbox_inches='tight')
     return PILImage.open(buffer).convert('RGB')
 
-# %% ../nbs/09_demo.ipynb #e6256d2c
+# %% ../nbs/09_demo.ipynb #090e125a
 def _parser():
     parser = argparse.ArgumentParser(prog='camkd-demo', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Train one student twice from the same start, without and with class attention distillation. '
@@ -260,7 +261,7 @@ def _parser():
     add('--student', default='toy_student', metavar='NAME', help='toy_student, or HEAD_BACKBONE such as pspnet_mobilenet_v2')
     add('--pretrained', metavar='FILE', help="state dict for the student's backbone, or 'imagenet' to download torchvision's")
     add('--output-stride', type=int, default=8, choices=(8, 16, 32), help="the student's input side over its feature map's side")
-    add('--layers', metavar='LIST', help='layers to compare, as student=teacher,student=teacher (default: the last stage of each)')
+    add('--layers', metavar='LIST', help='layers to compare, as student=teacher,student=teacher (default: the last two stages of each)')
     add('--weight', type=float, default=ClassAttention().weight, help='weight of the class attention term, 0 or more')
     add('--seeds', type=int, default=1, metavar='N', help='number of pairs of runs, seeds 0 to N-1')
     add('--epochs', type=int, default=Recipe.epochs, help='passes over the training images')
@@ -274,7 +275,7 @@ def _parser():
     add('--out', default='camkd_demo.png', metavar='FILE', help='picture to write')
     return parser
 
-# %% ../nbs/09_demo.ipynb #f4f04d34
+# %% ../nbs/09_demo.ipynb #cdc558a8
 def _layers(text):
     if text is None: return None
     pairs = [part.split('=') for part in text.split(',')]
@@ -284,27 +285,30 @@ def _student_builder(args, n_classes):
     pretrained = {None: False, 'imagenet': True}.get(args.pretrained, args.pretrained)
     return partial(build_model, args.student, n_classes, pretrained, args.output_stride)
 
-def _check(args, recipe, teacher, new_student):
+def _check_arguments(args):
     for name in ('seeds', 'epochs', 'size', 'bs'):
         if getattr(args, name) < 1: raise ValueError(f'--{name} {getattr(args, name)}: give 1 or more')
     if not Path(args.out).resolve().parent.is_dir(): raise ValueError(f'--out {args.out}: there is no such folder, make it first')
-    student, n_classes = new_student(), len(voc_classes(recipe.tree))
-    layers = match_layers(student, teacher, _layers(args.layers))
     ClassAttention(args.weight)
-    with eval_mode(teacher), torch.no_grad(): known = logits_of(teacher(torch.zeros(1, 3, recipe.size, recipe.size))).shape[1]
-    if known != n_classes: raise ValueError(f'the teacher gives {known} classes, but the data hold {n_classes}: give a teacher for the same classes, in the same order')
-    return layers
 
-# %% ../nbs/09_demo.ipynb #ad2e92a4
+def _check_pair(student, teacher, recipe, layers):
+    n_classes, blank = len(voc_classes(recipe.tree)), torch.zeros(1, 3, recipe.size, recipe.size)
+    with eval_mode(teacher), torch.no_grad(): known = logits_of(teacher(blank)).shape[1]
+    if known != n_classes: raise ValueError(f'the teacher gives {known} classes, but the data hold {n_classes}: give a teacher for the same classes, in the same order')
+    return match_layers(student, teacher, layers)
+
+# %% ../nbs/09_demo.ipynb #1b76b933
 def run(
     args,  # argparse.Namespace, as the command line gives it
 ):  # list of Outcome
     "The main job: teacher, pairs of students, table and picture."
+    _check_arguments(args)
     tree = voc_root(args.data) if args.data else toy_voc(n_train=400, n_valid=200)
     recipe = Recipe(tree, args.epochs, args.size, args.bs, args.lr, args.resize, args.device, args.n_train, tuple(args.scale))
     new_student = _student_builder(args, len(voc_classes(tree)))
+    student = new_student()
     teacher = load_teacher(args.teacher, recipe)
-    layers = _check(args, recipe, teacher, new_student)
+    layers = _check_pair(student, teacher, recipe, _layers(args.layers))
     device = torch.device(args.device) if args.device else default_device()
     teacher_score, on_batches = evaluate(teacher.to(device), tree, progress=sys.stdout.isatty()).miou, score_on_batches(teacher, recipe)
     print(f'teacher: mIoU {100 * teacher_score:.1f} on whole images, {100 * on_batches:.1f} on the training batches', flush=True)

@@ -17,20 +17,21 @@ from torch import Tensor, nn
 
 from .losses import ClassAttention, Distiller, named_terms
 
-# %% ../nbs/07_distill.ipynb #29b3e9ba
+# %% ../nbs/07_distill.ipynb #074143c1
 class _TermColumns(Callback):
     "Append each term's smoothed value to the progress table and to `recorder.values`."
     order = 55
     def __init__(self, distill): self.distill = distill
 
     def before_fit(self):
+        "Name the columns."
         names, end = self.recorder.metric_names, -1 if self.recorder.add_time else None
         self.recorder.metric_names = names[:end] + list(self.distill.terms) + names[len(names) if end is None else end:]
 
     def after_validate(self):
         if self.distill.trained: self.recorder.log += [self.distill.value(name) for name in self.distill.terms]
 
-# %% ../nbs/07_distill.ipynb #0084fcf7
+# %% ../nbs/07_distill.ipynb #014f1991
 class Distill(Callback):
     "Add distillation terms to the training loss of a `Learner`."
     order, run_valid, _learner = 5, False, None
@@ -47,14 +48,10 @@ class Distill(Callback):
     @property
     def name(self): return 'distill'
 
-    def value(self,
-        name,  # str, a term's name, as in `terms`
-    ):  # float, NaN where the term was never computed
-        "The term's smoothed value, before its weight."
-        return self.smooth[name].value.item() if self.smooth[name].count else float('nan')
-
     @property
-    def learn(self): return self._learner
+    def learn(self):
+        "The learner that the callback was added to, or None."
+        return self._learner
 
     @learn.setter
     def learn(self, learn):
@@ -71,14 +68,23 @@ class Distill(Callback):
     def __getstate__(self):
         return {**super().__getstate__(), 'teacher': None, 'distiller': None}
 
-# %% ../nbs/07_distill.ipynb #2f6146ea
+# %% ../nbs/07_distill.ipynb #54ee4622
+@patch
+def value(self: Distill,
+    name,  # str, a term's name, as in `terms`
+):  # float, NaN where the term was never computed
+    "The term's smoothed value, before its weight."
+    return self.smooth[name].value.item() if self.smooth[name].count else float('nan')
+
 @patch
 def before_fit(self: Distill):
+    "Forget the last fit."
     self.distiller, self.trained = None, False
     self.smooth = {name: AvgSmoothLoss(beta=self.beta) for name in self.terms}
 
 @patch
 def before_train(self: Distill):
+    "Check the layers, freeze the teacher, and put the taps around each batch of this epoch."
     if self.teacher is None: raise ValueError('the teacher is not stored with a learner: set `learn.distill.teacher` before fitting again')
     if self.distiller is None:
         self.distiller = Distiller(self.model, self.teacher.to(next(self.model.parameters()).device), list(self.terms.values()))

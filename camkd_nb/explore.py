@@ -170,10 +170,10 @@ def _layer_of_each(layers, models):
         except ValueError as error: raise ValueError(f'{name}: {error}') from None
     return dict(layers)
 
-# %% ../nbs/08_explore.ipynb #48b33382
+# %% ../nbs/08_explore.ipynb #43b1a567
 def _panel(ax, shown, title, region=None):
     "One picture of the grid, with the contour of a region, bool (H, W)."
-    ax.imshow(shown, interpolation='nearest')
+    ax.imshow(shown)
     ax.set_title(title, fontsize=8, pad=3)
     ax.set_xticks([]), ax.set_yticks([])
     ax.spines[:].set_visible(False)
@@ -208,10 +208,10 @@ class _Page(Figure):
         self.savefig(buffer := BytesIO(), format='png')
         return buffer.getvalue()
 
-# %% ../nbs/08_explore.ipynb #ddfb209c
+# %% ../nbs/08_explore.ipynb #ec990204
 def _grid(rows, columns, aspect):
     "An empty figure, and its axes (rows, columns)."
-    fig = _Page(figsize=(1.75 * columns + .8, rows * (1.65 * aspect + .2) + .9), dpi=80, layout='constrained')
+    fig = _Page(figsize=(1.75 * columns + .8, rows * (1.65 * aspect + .2) + .9), dpi=80, layout='compressed')
     fig.get_layout_engine().set(w_pad=.03, h_pad=.05, wspace=0, hspace=0)
     return fig, fig.subplots(rows, columns, squeeze=False)
 

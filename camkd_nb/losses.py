@@ -6,13 +6,14 @@
 __all__ = ['Side', 'Step', 'Term', 'valid_share', 'PixelKD', 'map_distance', 'AttentionTransfer', 'ClassAttention', 'last_stages',
            'match_layers', 'Distiller', 'named_terms']
 
-# %% ../nbs/06_losses.ipynb #1eba6a67
+# %% ../nbs/06_losses.ipynb #05c0e70a
 import math
 from copy import copy
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import Taps, asked_classes, class_weights, eval_mode, find_layers, map_forward, region_masks, weighted_maps
@@ -139,7 +140,7 @@ class AttentionTransfer(Term):
             total = total + _each(map_distance(maps[0], maps[1].detach(), step.mask), seen)
         return total / len(self.layers)
 
-# %% ../nbs/06_losses.ipynb #398634dd
+# %% ../nbs/06_losses.ipynb #a32ab914
 class ClassAttention(Term):
     "Squared distance between unit-length class attention maps of student and teacher."
     name, reads_maps = 'class_attention', True
@@ -155,28 +156,32 @@ class ClassAttention(Term):
         if max_classes is not None and max_classes < 1: raise ValueError(f'max_classes={max_classes}: give 1 or more, or None for all')
         self.region, self.max_classes, self.calls = region, max_classes, 0
 
-    def __call__(self,
-        step,  # Step, with a teacher side that records a graph from its layers on
-    ):  # scalar tensor
-        classes, regions = self._asked(step)
-        if classes.shape[1] == 0: return step.student.logits.new_zeros((), dtype=torch.float32)
-        theirs = _maps(step.teacher.logits, step.teacher.activations, self.layers.values(), classes, regions, step.teacher.activations)
-        with torch.no_grad(): logits, activations = map_forward(step.student.model, step.x, list(self.layers))
-        ours = _maps(logits, activations, self.layers, classes, regions, step.student.activations)
-        total = 0.
-        for student_layer, teacher_layer in self.layers.items():
-            teacher = theirs[teacher_layer].detach()
-            asked = (classes >= 0) & (teacher.flatten(2).amax(2) > 0)
-            total = total + _each(map_distance(ours[student_layer], teacher, step.mask), asked.float())
-        return total / len(self.layers)
+# %% ../nbs/06_losses.ipynb #695ea84e
+@patch
+def __call__(self: ClassAttention,
+    step,  # Step, with a teacher side that records a graph from its layers on
+):  # scalar tensor
+    "The mean distance of the maps that are asked for."
+    classes, regions = self._asked(step)
+    if classes.shape[1] == 0: return step.student.logits.new_zeros((), dtype=torch.float32)
+    theirs = _maps(step.teacher.logits, step.teacher.activations, self.layers.values(), classes, regions, step.teacher.activations)
+    with torch.no_grad(): logits, activations = map_forward(step.student.model, step.x, list(self.layers))
+    ours = _maps(logits, activations, self.layers, classes, regions, step.student.activations)
+    total = 0.
+    for student_layer, teacher_layer in self.layers.items():
+        teacher = theirs[teacher_layer].detach()
+        asked = (classes >= 0) & (teacher.flatten(2).amax(2) > 0)
+        total = total + _each(map_distance(ours[student_layer], teacher, step.mask), asked.float())
+    return total / len(self.layers)
 
-    def _asked(self, step):
-        logits = step.teacher.logits.detach()
-        predicted = logits.argmax(1)
-        mask = predicted if step.mask is None else _mask_at(step.mask, logits.shape[-2:])
-        self.calls += 1  # a generator of its own leaves the caller's random numbers alone: runs stay comparable
-        classes = asked_classes(None, mask, logits, self.max_classes, 'random', torch.Generator().manual_seed(self.calls))
-        return classes, region_masks(classes, logits, mask, self.region)
+@patch
+def _asked(self: ClassAttention, step):
+    logits = step.teacher.logits.detach()
+    predicted = logits.argmax(1)
+    mask = predicted if step.mask is None else _mask_at(step.mask, logits.shape[-2:])
+    self.calls += 1  # a generator of its own leaves the caller's random numbers alone: runs stay comparable
+    classes = asked_classes(None, mask, logits, self.max_classes, 'random', torch.Generator().manual_seed(self.calls))
+    return classes, region_masks(classes, logits, mask, self.region)
 
 def _maps(logits, recorded, layers, classes, regions, activations):
     size = logits.shape[-2:]
@@ -184,7 +189,7 @@ def _maps(logits, recorded, layers, classes, regions, activations):
     with torch.enable_grad(): weights = class_weights(logits, {name: recorded[name] for name in layers}, classes, regions)
     return weighted_maps({name: activations[name] for name in layers}, weights)
 
-# %% ../nbs/06_losses.ipynb #ca3e6020
+# %% ../nbs/06_losses.ipynb #2c9303e7
 def last_stages(
     model: nn.Module,
     n=2,  # int, how many
@@ -216,7 +221,7 @@ def _backbone(model):
         if len(inner) != 1: return path
         path = f'{path}.{inner[0][0]}'
 
-# %% ../nbs/06_losses.ipynb #95cd170c
+# %% ../nbs/06_losses.ipynb #4d7dfa45
 def match_layers(
     student: nn.Module,
     teacher: nn.Module,
@@ -230,7 +235,7 @@ def match_layers(
         except ValueError as error: raise ValueError(f'{who}: {error}') from None
     return dict(layers)
 
-# %% ../nbs/06_losses.ipynb #01691fe4
+# %% ../nbs/06_losses.ipynb #f54bfd38
 class Distiller:
     "Frozen teacher, tapped student and distillation terms, for any training loop."
     def __init__(self,
@@ -260,31 +265,35 @@ class Distiller:
         self._taps.__exit__(*error)
         self._activations, self._taps = self._taps.activations, None
 
-    def __call__(self,
-        x,  # images, (B, 3, H, W)
-        mask,  # int64 tensor (B, H, W), or None for unlabelled images
-        output,  # what the student gave for `x` inside the `with` block
-        progress=0.,  # float 0 to 1, for the terms' schedules
-    ):  # dict: name -> (value, weight), scalar tensor and float
-        "Each term's value on this batch; terms whose weight is 0 are not computed."
-        self.__exit__()  # the terms may run the student again: not through these taps
-        student, self._activations = Side(self.student, logits_of(output), self._activations), {}
-        weights = {name: term.weight_at(progress) for name, term in self.terms.items()}
-        if not any(weights.values()): return {}
-        if len(student.activations) < len(self._paths(dict.keys)):
-            raise ValueError('the student ran outside the block: write `with distiller: output = student(x)` before this call')
-        step = Step(x, mask, student, self._teacher_side(x))
-        _check_step(step)
-        return {name: (self.terms[name](step), weight) for name, weight in weights.items() if weight}
+# %% ../nbs/06_losses.ipynb #2d86ea5f
+@patch
+def __call__(self: Distiller,
+    x,  # images, (B, 3, H, W)
+    mask,  # int64 tensor (B, H, W), or None for unlabelled images
+    output,  # what the student gave for `x` inside the `with` block
+    progress=0.,  # float 0 to 1, for the terms' schedules
+):  # dict: name -> (value, weight), scalar tensor and float
+    "Each term's value on this batch; terms whose weight is 0 are not computed."
+    self.__exit__()  # the terms may run the student again: not through these taps
+    student, self._activations = Side(self.student, logits_of(output), self._activations), {}
+    weights = {name: term.weight_at(progress) for name, term in self.terms.items()}
+    if not any(weights.values()): return {}
+    if len(student.activations) < len(self._paths(dict.keys)):
+        raise ValueError('the student ran outside the block: write `with distiller: output = student(x)` before this call')
+    step = Step(x, mask, student, self._teacher_side(x))
+    _check_step(step)
+    return {name: (self.terms[name](step), weight) for name, weight in weights.items() if weight}
 
-    def _teacher_side(self, x):
-        paths = self._paths(dict.values)
-        if self.teacher.training: self.teacher.eval()
-        if any(term.reads_maps for term in self.terms.values()): return Side(self.teacher, *map_forward(self.teacher, x, paths))
-        with torch.no_grad():
-            if not paths: return Side(self.teacher, logits_of(self.teacher(x)))
-            with Taps(self.teacher, paths) as taps: return Side(self.teacher, logits_of(self.teacher(x)), taps.activations)
+@patch
+def _teacher_side(self: Distiller, x):
+    paths = self._paths(dict.values)
+    if self.teacher.training: self.teacher.eval()
+    if any(term.reads_maps for term in self.terms.values()): return Side(self.teacher, *map_forward(self.teacher, x, paths))
+    with torch.no_grad():
+        if not paths: return Side(self.teacher, logits_of(self.teacher(x)))
+        with Taps(self.teacher, paths) as taps: return Side(self.teacher, logits_of(self.teacher(x)), taps.activations)
 
+# %% ../nbs/06_losses.ipynb #c76ec104
 def named_terms(
     terms,  # a `Term`, or a list of them
 ):  # dict: name -> term; a second term of one kind is called `name_2`

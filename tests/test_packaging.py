@@ -34,8 +34,6 @@ def wheel(tmp_path_factory):
         if (root/name).is_file():
             (folder/'source'/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root/name, folder/'source'/name)
-    (folder/'source/camkd_nb/data').mkdir(exist_ok=True)
-    (folder/'source/camkd_nb/data/stub.pth').touch()
     done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, folder/'source'],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -62,7 +60,7 @@ def test_wheel_holds_keywords_classifiers_and_commands(metadata):
 def test_wheel_holds_every_module_and_the_weights(wheel):
     shipped = {path.name for path in (wheel/'camkd_nb').iterdir()}
     assert shipped >= {path.name for path in (root/'camkd_nb').glob('*.py')}
-    assert (wheel/'camkd_nb/data/stub.pth').exists()
+    assert (wheel/'camkd_nb/weights/toy_teacher.pth').exists()
     weights = [path for path in (root/'camkd_nb').rglob('*.pth') if path.stat().st_size > 3_000_000]
     assert not weights, 'weights that ship have at most 3 MB'
 

@@ -84,13 +84,13 @@ def fit(
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=list(cbs))
     return time.perf_counter() - start
 
-# %% ../nbs/09_demo.ipynb #b8438660
+# %% ../nbs/09_demo.ipynb #9e6bf313
 def save_whole(
     state,  # dict of tensors
     file,  # Path; appears complete, or not at all
 ):
     "Save a state dict under a temporary name, then rename it."
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f'.{file.stem}-')
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix='partial-', suffix=file.suffix)
     os.close(handle)
     try:
         torch.save(state, name)

@@ -201,11 +201,11 @@ def _legend(fig, masks, vocab):
     patches = [Patch(color=colour, label='void' if c == VOID else vocab[c]) for c, colour in zip(present, colours)]
     if patches: fig.legend(handles=patches, loc='outside lower center', ncols=max(2, int(fig.get_figwidth())), fontsize=8, frameon=False, handlelength=1, columnspacing=1.2)
 
-# %% ../nbs/08_explore.ipynb #f7269f9d
+# %% ../nbs/08_explore.ipynb #54f911c9
 class _Page(Figure):
     "A figure that notebooks show without pyplot."
     def _repr_png_(self):
-        self.savefig(buffer := BytesIO(), format='png')
+        self.savefig(buffer := BytesIO(), format='png', bbox_inches='tight')
         return buffer.getvalue()
 
 # %% ../nbs/08_explore.ipynb #ec990204

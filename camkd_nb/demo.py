@@ -37,7 +37,7 @@ from .voc import voc_classes, voc_ids, voc_root
 class Recipe:
     "How a network is trained; the same for both runs of a comparison."
     tree: Path  # VOC tree
-    epochs: int = 30
+    epochs: int = 25
     size: int = 96  # side of the square training crops, pixels
     bs: int = 16  # images a batch
     lr: float = 5e-3  # peak of the one-cycle schedule

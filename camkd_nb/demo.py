@@ -32,7 +32,7 @@ from .models import build_model, deeplabv3_mobilenetv2_voc, logits_of, toy_teach
 from .toyvoc import TOY_CLASSES, cache_dir, toy_voc
 from .voc import voc_classes, voc_ids, voc_root
 
-# %% ../nbs/09_demo.ipynb #3e8c9866
+# %% ../nbs/09_demo.ipynb #b51cbfba
 @dataclass
 class Recipe:
     "How a network is trained; the same for both runs of a comparison."

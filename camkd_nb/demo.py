@@ -250,7 +250,7 @@ def _as_image(figure):
     figure.savefig(buffer, format='png', dpi=80, bbox_inches='tight')
     return PILImage.open(buffer).convert('RGB')
 
-# %% ../nbs/09_demo.ipynb #090e125a
+# %% ../nbs/09_demo.ipynb #e6256d2c
 def _parser():
     parser = argparse.ArgumentParser(prog='camkd-demo', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Train one student twice from the same start, without and with class attention distillation. '
@@ -261,7 +261,7 @@ def _parser():
     add('--student', default='toy_student', metavar='NAME', help='toy_student, or HEAD_BACKBONE such as pspnet_mobilenet_v2')
     add('--pretrained', metavar='FILE', help="state dict for the student's backbone, or 'imagenet' to download torchvision's")
     add('--output-stride', type=int, default=8, choices=(8, 16, 32), help="the student's input side over its feature map's side")
-    add('--layers', metavar='LIST', help='layers to compare, as student=teacher,student=teacher (default: the last two stages of each)')
+    add('--layers', metavar='LIST', help='layers to compare, as student=teacher,student=teacher (default: the last stage of each)')
     add('--weight', type=float, default=ClassAttention().weight, help='weight of the class attention term, 0 or more')
     add('--seeds', type=int, default=1, metavar='N', help='number of pairs of runs, seeds 0 to N-1')
     add('--epochs', type=int, default=Recipe.epochs, help='passes over the training images')

@@ -117,12 +117,12 @@ def after_loss(self: Distill):
         self.smooth[name].accumulate(SimpleNamespace(loss=value))
     self.learn.loss = self.loss_grad.clone()
 
-# %% ../nbs/07_distill.ipynb #73186555
+# %% ../nbs/07_distill.ipynb #91716124
 class CAMDistill(Distill):
     "Class attention map distillation: `learn.fit(n, cbs=CAMDistill(teacher))`."
     def __init__(self,
         teacher: nn.Module,  # the trained network
-        layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last two stages, printed
+        layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage, printed
         weight=.03,  # float ≥ 0, or a function: training progress 0 to 1 -> float ≥ 0
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present

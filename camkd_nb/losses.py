@@ -36,7 +36,7 @@ class Step:
     student: Side  # attached to the student's graph
     teacher: Side
 
-# %% ../nbs/06_losses.ipynb #3490098d
+# %% ../nbs/06_losses.ipynb #ea74db41
 class Term:
     "A distillation loss: call it with a `Step`, get a scalar."
     name = 'term'  # the column in the progress table
@@ -44,7 +44,7 @@ class Term:
 
     def __init__(self,
         weight=1.,  # float ≥ 0, or a function: training progress 0 to 1 -> float ≥ 0
-        layers=(),  # dict student path -> teacher path; list, the same paths in both; None: the last two stages; (): none
+        layers=(),  # dict student path -> teacher path; list, the same paths in both; None: the last stage; (): none
     ):
         self.weight, self.layers = weight, layers
         if not callable(weight): self.weight_at(0.)
@@ -116,7 +116,7 @@ def map_distance(
     valid = valid_share(mask, student)
     return (_unit(student, valid) - _unit(teacher, valid)).pow(2).sum(2)
 
-# %% ../nbs/06_losses.ipynb #141581f9
+# %% ../nbs/06_losses.ipynb #7df8099d
 def _each(values, counts):
     return (values * counts).sum() / counts.sum().clamp(min=1)
 
@@ -126,7 +126,7 @@ class AttentionTransfer(Term):
 
     def __init__(self,
         weight=1.,  # float ≥ 0, or a function of training progress
-        layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last two stages
+        layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage
     ):
         super().__init__(weight, layers)
 
@@ -140,14 +140,14 @@ class AttentionTransfer(Term):
             total = total + _each(map_distance(maps[0], maps[1].detach(), step.mask), seen)
         return total / len(self.layers)
 
-# %% ../nbs/06_losses.ipynb #a32ab914
+# %% ../nbs/06_losses.ipynb #57297741
 class ClassAttention(Term):
     "Squared distance between unit-length class attention maps of student and teacher."
     name, reads_maps = 'class_attention', True
 
     def __init__(self,
         weight=.03,  # float ≥ 0, or a function of training progress
-        layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last two stages
+        layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present
     ):
@@ -189,10 +189,10 @@ def _maps(logits, recorded, layers, classes, regions, activations):
     with torch.enable_grad(): weights = class_weights(logits, {name: recorded[name] for name in layers}, classes, regions)
     return weighted_maps({name: activations[name] for name in layers}, weights)
 
-# %% ../nbs/06_losses.ipynb #2c9303e7
+# %% ../nbs/06_losses.ipynb #1ec8ba8c
 def last_stages(
     model: nn.Module,
-    n=2,  # int, how many
+    n=1,  # int, how many
     size=64,  # int, side in pixels of the blank image that is sent through
 ):  # list of n dotted paths
     "The last layers of the final `n` stages of a network's backbone; a stage is a run of blocks of one width."
@@ -221,11 +221,11 @@ def _backbone(model):
         if len(inner) != 1: return path
         path = f'{path}.{inner[0][0]}'
 
-# %% ../nbs/06_losses.ipynb #4d7dfa45
+# %% ../nbs/06_losses.ipynb #f40cc618
 def match_layers(
     student: nn.Module,
     teacher: nn.Module,
-    layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last two stages of each
+    layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage of each
 ):  # dict: student path -> teacher path, every one checked
     "Pairs of layers to compare; a `ValueError` with the closest matches for a name that a network does not have."
     if layers is None: layers = dict(zip(last_stages(student), last_stages(teacher)))

@@ -117,7 +117,7 @@ def after_loss(self: Distill):
         self.smooth[name].accumulate(SimpleNamespace(loss=value))
     self.learn.loss = self.loss_grad.clone()
 
-# %% ../nbs/07_distill.ipynb #91716124
+# %% ../nbs/07_distill.ipynb #f425a63c
 class CAMDistill(Distill):
     "Class attention map distillation: `learn.fit(n, cbs=CAMDistill(teacher))`."
     def __init__(self,
@@ -126,5 +126,6 @@ class CAMDistill(Distill):
         weight=.03,  # float ≥ 0, or a function: training progress 0 to 1 -> float ≥ 0
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present
+        method='gradcam',  # 'gradcam', 'hirescam', 'mask' or 'activation': the kind of map
     ):
-        super().__init__(teacher, ClassAttention(weight, layers, region, max_classes))
+        super().__init__(teacher, ClassAttention(weight, layers, region, max_classes, method))

@@ -6,7 +6,7 @@
 __all__ = ['Side', 'Step', 'Term', 'valid_share', 'PixelKD', 'map_distance', 'AttentionTransfer', 'ClassAttention', 'last_stages',
            'match_layers', 'Distiller', 'named_terms']
 
-# %% ../nbs/06_losses.ipynb #05c0e70a
+# %% ../nbs/06_losses.ipynb #9b5319e9
 import math
 from copy import copy
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attention import Taps, asked_classes, class_weights, eval_mode, find_layers, map_forward, region_masks, weighted_maps
+from .attention import GRADIENT_METHODS, METHODS, Taps, asked_classes, class_maps, eval_mode, find_layers, map_forward, region_masks
 from .models import logits_of
 from .voc import VOID
 
@@ -140,23 +140,26 @@ class AttentionTransfer(Term):
             total = total + _each(map_distance(maps[0], maps[1].detach(), step.mask), seen)
         return total / len(self.layers)
 
-# %% ../nbs/06_losses.ipynb #57297741
+# %% ../nbs/06_losses.ipynb #3900ba9e
 class ClassAttention(Term):
     "Squared distance between unit-length class attention maps of student and teacher."
-    name, reads_maps = 'class_attention', True
+    name = 'class_attention'
 
     def __init__(self,
         weight=.03,  # float ≥ 0, or a function of training progress
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present
+        method='gradcam',  # one of `METHODS`: the kind of map
     ):
         super().__init__(weight, layers)
+        if method not in METHODS: raise ValueError(f'method={method!r}: choose one of {", ".join(map(repr, METHODS))}')
         if region not in ('label', 'predicted', 'all'): raise ValueError(f"region={region!r}: choose 'label', 'predicted' or 'all'")
         if max_classes is not None and max_classes < 1: raise ValueError(f'max_classes={max_classes}: give 1 or more, or None for all')
-        self.region, self.max_classes, self.calls = region, max_classes, 0
+        self.region, self.max_classes, self.method, self.calls = region, max_classes, method, 0
+        self.reads_maps = method in GRADIENT_METHODS
 
-# %% ../nbs/06_losses.ipynb #695ea84e
+# %% ../nbs/06_losses.ipynb #cade4128
 @patch
 def __call__(self: ClassAttention,
     step,  # Step, with a teacher side that records a graph from its layers on
@@ -164,9 +167,8 @@ def __call__(self: ClassAttention,
     "The mean distance of the maps that are asked for."
     classes, regions = self._asked(step)
     if classes.shape[1] == 0: return step.student.logits.new_zeros((), dtype=torch.float32)
-    theirs = _maps(step.teacher.logits, step.teacher.activations, self.layers.values(), classes, regions, step.teacher.activations)
-    with torch.no_grad(): logits, activations = map_forward(step.student.model, step.x, list(self.layers))
-    ours = _maps(logits, activations, self.layers, classes, regions, step.student.activations)
+    theirs = self._maps(step.teacher, self.layers.values(), classes, regions)
+    ours = self._maps(step.student, self.layers, classes, regions, self._in_eval_mode(step) if self.reads_maps else None)
     total = 0.
     for student_layer, teacher_layer in self.layers.items():
         teacher = theirs[teacher_layer].detach()
@@ -183,11 +185,17 @@ def _asked(self: ClassAttention, step):
     classes = asked_classes(None, mask, logits, self.max_classes, 'random', torch.Generator().manual_seed(self.calls))
     return classes, region_masks(classes, logits, mask, self.region)
 
-def _maps(logits, recorded, layers, classes, regions, activations):
-    size = logits.shape[-2:]
+@patch
+def _in_eval_mode(self: ClassAttention, step):
+    with torch.no_grad(): return Side(step.student.model, *map_forward(step.student.model, step.x, list(self.layers)))
+
+@patch
+def _maps(self: ClassAttention, side, layers, classes, regions, reading=None):
+    "Maps of a side's own activations, with weights from another reading of it, or from itself."
+    reading, of = reading or side, lambda side: {name: side.activations[name] for name in layers}
+    size = reading.logits.shape[-2:]
     if regions.shape[-2:] != size: regions = F.interpolate(regions.float(), size, mode='nearest-exact') > 0
-    with torch.enable_grad(): weights = class_weights(logits, {name: recorded[name] for name in layers}, classes, regions)
-    return weighted_maps({name: activations[name] for name in layers}, weights)
+    with torch.enable_grad(): return class_maps(reading.logits, of(reading), classes, regions, self.method, of(side), keep_graph=True)
 
 # %% ../nbs/06_losses.ipynb #1ec8ba8c
 def last_stages(

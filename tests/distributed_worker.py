@@ -1,0 +1,74 @@
+"""One process of several: distils a small student on its share of each batch. Started by `test_distributed.py` through torchrun."""
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.distributed import rank_distrib
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from torch import nn
+
+from camkd_nb.distill import Distill, Checkpoint
+from camkd_nb.losses import AttentionTransfer, ClassAttention, PixelKD
+from camkd_nb.metrics import SegLoss
+from camkd_nb.models import toy_student, toy_teacher
+
+
+class Unused(nn.Module):
+    "A student with parameters that no forward pass touches"
+    def __init__(self, model):
+        super().__init__()
+        self.backbone, self.head, self.model, self.idle = model.backbone, model.head, model, nn.Linear(3, 3)
+    def forward(self, x): return self.model(x)
+
+
+class OnEveryBatch(Callback):
+    "Loss of each batch, and the hooks that are on the networks while it is computed"
+    order = 6
+    def before_fit(self): self.seen = []
+    def after_loss(self):
+        if self.training: self.seen.append(self.learn.loss_grad.item())
+
+
+def frozen_norms(model):
+    "Batch norm that does not depend on the batch, so that two half batches are one batch"
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum, m.training, m.train = 0., False, lambda mode=True, m=m: m
+    return model
+
+
+def hooks(model): return sum(len(m._forward_hooks) for m in model.modules())
+
+
+def main(out, unused):
+    torch.manual_seed(0)
+    student = frozen_norms(toy_student(7))
+    if unused: student = Unused(student)
+    images, masks = torch.randn(16, 3, 64, 64), torch.randint(0, 7, (16, 4, 4)).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    masks[:, :8, :8] = 255
+    world = int(sys.argv[3])
+    data = list(zip(images, masks))
+    dls = DataLoaders(DataLoader(data, bs=8 // world, shuffle=False), DataLoader(data[:8], bs=8 // world))
+    teacher = toy_teacher(7).eval()
+    torch.manual_seed(1)
+    terms = [ClassAttention(.5, region='label', max_classes=None, layers=['backbone.layer3', 'backbone.layer4']), PixelKD(.5), AttentionTransfer(.5, ['backbone.layer4'])]
+    distill, batches = Distill(teacher, terms), OnEveryBatch()
+    learn = Learner(dls, student, loss_func=SegLoss(), opt_func=SGD, lr=1e-3, path=Path(out).parent, cbs=[distill, batches])
+    with learn.no_bar(), learn.no_logging():
+        if world == 1: learn.fit(2)
+        else:
+            from accelerate import DistributedDataParallelKwargs
+            handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
+            with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=handlers): learn.fit(2, cbs=Checkpoint(f'{Path(out).stem}.pth'))
+    torch.save(dict(parameters=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), losses=batches.seen,
+                    hooks=hooks(learn.model) + hooks(teacher), wrapped=type(learn.model).__name__, columns=learn.recorder.values), f'{out}.{rank_distrib()}')
+
+
+if __name__ == '__main__':
+    if int(sys.argv[3]) > 1: dist.init_process_group('gloo')
+    main(sys.argv[1], sys.argv[2] == 'unused')
+    if dist.is_initialized(): dist.destroy_process_group()

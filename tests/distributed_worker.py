@@ -7,7 +7,7 @@ import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.distributed import rank_distrib
+from fastai.distributed import DistributedDL, rank_distrib
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from torch import nn
@@ -16,6 +16,13 @@ from camkd_nb.distill import Distill, Checkpoint
 from camkd_nb.losses import AttentionTransfer, ClassAttention, PixelKD
 from camkd_nb.metrics import SegLoss
 from camkd_nb.models import toy_student, toy_teacher
+
+
+def broadcast_on_cpu(self, indices, rank):
+    "fastai sends the order of the samples through a GPU; gloo sends it from the CPU"
+    indices = torch.tensor(indices)
+    dist.broadcast(indices, rank)
+    return indices.tolist()
 
 
 class Unused(nn.Module):
@@ -27,7 +34,7 @@ class Unused(nn.Module):
 
 
 class OnEveryBatch(Callback):
-    "Loss of each batch, and the hooks that are on the networks while it is computed"
+    "The loss of each training batch"
     order = 6
     def before_fit(self): self.seen = []
     def after_loss(self):
@@ -48,10 +55,12 @@ def main(out, unused):
     torch.manual_seed(0)
     student = frozen_norms(toy_student(7))
     if unused: student = Unused(student)
-    images, masks = torch.randn(16, 3, 64, 64), torch.randint(0, 7, (16, 4, 4)).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    images, masks = torch.randn(16, 3, 64, 64), torch.stack([torch.randperm(16) % 7 for _ in range(16)])
+    masks = masks.reshape(16, 4, 4).repeat_interleave(16, 1).repeat_interleave(16, 2)  # every image has the same classes
     masks[:, :8, :8] = 255
     world = int(sys.argv[3])
-    data = list(zip(images, masks))
+    order = range(16) if world > 1 else [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]  # a batch of one process: those of two, joined
+    data = [(images[i], masks[i]) for i in order]
     dls = DataLoaders(DataLoader(data, bs=8 // world, shuffle=False), DataLoader(data[:8], bs=8 // world))
     teacher = toy_teacher(7).eval()
     torch.manual_seed(1)
@@ -61,11 +70,12 @@ def main(out, unused):
     with learn.no_bar(), learn.no_logging():
         if world == 1: learn.fit(2)
         else:
+            DistributedDL._broadcast = broadcast_on_cpu
             from accelerate import DistributedDataParallelKwargs
             handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
             with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=handlers): learn.fit(2, cbs=Checkpoint(f'{Path(out).stem}.pth'))
     torch.save(dict(parameters=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), losses=batches.seen,
-                    hooks=hooks(learn.model) + hooks(teacher), wrapped=type(learn.model).__name__, columns=learn.recorder.values), f'{out}.{rank_distrib()}')
+                    hooks=hooks(learn.model) + hooks(teacher), wrapped=type(learn.model).__name__, columns=[list(row) for row in learn.recorder.values]), f'{out}.{rank_distrib()}')
 
 
 if __name__ == '__main__':

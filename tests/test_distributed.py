@@ -1,0 +1,39 @@
+"""Distillation in two processes under torchrun, as fastai and Accelerate do it, against one process on the joined batches."""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+worker = Path(__file__).with_name('distributed_worker.py')
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+def start(*command):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(worker.parents[1])}
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('parameters', ['used', 'unused'])
+def test_two_processes_are_one(tmp_path, parameters):
+    pytest.importorskip('accelerate')
+    start(worker, tmp_path / 'one', parameters, 1)
+    start('-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', worker, tmp_path / 'two', parameters, 2)
+    one, first, second = (torch.load(tmp_path / name) for name in ('one.0', 'two.0', 'two.1'))
+    assert torch.equal(first['parameters'], second['parameters'])
+    # A term counts the classes of its own process that the teacher sees at all, hence not to the last bit.
+    assert (first['parameters'] - one['parameters']).abs().max() < 1e-4
+    joined = [(a + b) / 2 for a, b in zip(first['losses'], second['losses'])]
+    assert joined == pytest.approx(one['losses'], rel=2e-3) and len(joined) == 4
+    for state in (first, second):
+        assert state['hooks'] == 0 and state['wrapped'] == one['wrapped']
+    assert not list(tmp_path.rglob('*.pth'))  # the first process kept a checkpoint, and took it away at the end

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Distill', 'TeacherCheck', 'CAMDistill', 'save_whole', 'Checkpoint']
 
-# %% ../nbs/07_distill.ipynb #2b7eb0f1
+# %% ../nbs/07_distill.ipynb #07d4f7f2
 import os, random, tempfile, warnings
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.mixup import MixHandler
 from fastai.imports import noop
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import num_distrib, rank_distrib
@@ -113,7 +114,7 @@ class TeacherCheck:
         return (f"on the training batches of this epoch the teacher's mean IoU was {of['teacher_iou']:.3f} (task loss {of['teacher_loss']:.3f}) and the student's "
                 f"{of['student_iou']:.3f}: it has little to teach there. Check the teacher's normalisation and order of classes, and whether it can read crops of this size and scale")
 
-# %% ../nbs/07_distill.ipynb #65dd6c26
+# %% ../nbs/07_distill.ipynb #b4595b41
 @patch
 def value(self: Distill,
     name,  # str, a term's name, as in `terms`
@@ -131,6 +132,8 @@ def columns(self: Distill):  # dict: name -> float
 @patch
 def before_fit(self: Distill):
     "Forget the last fit."
+    blending = next((type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
+    if blending: raise TypeError(f'{blending} blends two images, and no mask says what is where: distil without it')
     self.distiller, self.trained, self.scores, self.warned = None, False, None, False
     self.smooth = {name: AvgSmoothLoss(beta=self.beta) for name in self.terms}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Side', 'Step', 'Term', 'valid_share', 'PixelKD', 'map_distance', 'AttentionTransfer', 'ChannelKD', 'PairwiseKD',
-           'IFV', 'ClassAttention', 'last_stages', 'match_layers', 'unwrapped', 'Distiller', 'named_terms']
+           'IFV', 'ClassAttention', 'unwrapped', 'last_stages', 'match_layers', 'Distiller', 'named_terms']
 
 # %% ../nbs/06_losses.ipynb #9b5319e9
 import math
@@ -294,13 +294,24 @@ def _maps(self: ClassAttention, side, layers, classes, regions, reading=None):
     if regions.shape[-2:] != size: regions = F.interpolate(regions.float(), size, mode='nearest-exact') > 0
     with torch.enable_grad(): return class_maps(reading.logits, of(reading), classes, regions, self.method, of(side), keep_graph=True)
 
-# %% ../nbs/06_losses.ipynb #1ec8ba8c
+# %% ../nbs/06_losses.ipynb #0b30661a
+def unwrapped(
+    model: nn.Module,
+):  # the network inside `DistributedDataParallel` and `torch.compile`, or `model` itself
+    "The network that has the layers."
+    if isinstance(model, nn.DataParallel):
+        raise TypeError('the student is a DataParallel, which copies the network for each device where taps do not see it: use DistributedDataParallel, as `learn.distrib_ctx()` does')
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, '_orig_mod', model)
+    return model if inner is model else unwrapped(inner)
+
+# %% ../nbs/06_losses.ipynb #78e30920
 def last_stages(
     model: nn.Module,
     n=1,  # int, how many
     size=64,  # int, side in pixels of the blank image that is sent through
 ):  # list of n dotted paths
     "The last layers of the final `n` stages of a network's backbone; a stage is a run of blocks of one width."
+    model = unwrapped(model)
     path, stages = _backbone(model), {}
     def note(name, module, inputs, output):
         if isinstance(output, Tensor) and output.ndim == 4: stages[name] = output.shape[1]
@@ -340,16 +351,7 @@ def match_layers(
         except ValueError as error: raise ValueError(f'{who}: {error}') from None
     return dict(layers)
 
-# %% ../nbs/06_losses.ipynb #99aa129c
-def unwrapped(
-    model: nn.Module,
-):  # the network inside `DistributedDataParallel`, or `model` itself
-    "The network that has the layers."
-    if isinstance(model, nn.DataParallel):
-        raise TypeError('the student is a DataParallel, which copies the network for each device where taps do not see it: use DistributedDataParallel, as `learn.distrib_ctx()` does')
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-# %% ../nbs/06_losses.ipynb #f8105b3e
+# %% ../nbs/06_losses.ipynb #362cb384
 class Distiller:
     "Frozen teacher, tapped student and distillation terms, for any training loop."
     def __init__(self,
@@ -359,6 +361,7 @@ class Distiller:
     ):
         for role, model in (('student', student), ('teacher', teacher)):
             if not isinstance(model, nn.Module): raise TypeError(f'the {role} is a {type(model).__name__}: give a torch.nn.Module')
+        self._compiled = any(hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in student.modules())
         student = unwrapped(student)
         shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
         if shared: raise ValueError(f'student and teacher share {len(shared)} parameters: give a copy, as in copy.deepcopy(teacher)')
@@ -381,7 +384,7 @@ class Distiller:
         self._taps.__exit__(*error)
         self._activations, self._taps = self._taps.activations, None
 
-# %% ../nbs/06_losses.ipynb #a346d4bb
+# %% ../nbs/06_losses.ipynb #1965a8ec
 @patch
 def __call__(self: Distiller,
     x,  # images, (B, 3, H, W)
@@ -396,7 +399,7 @@ def __call__(self: Distiller,
     weights = {name: term.weight_at(progress) for name, term in self.terms.items()}
     if not any(weights.values()): return {}
     if len(student.activations) < len(self._paths(dict.keys)):
-        raise ValueError(_missed(self.student))
+        raise ValueError(_missed(self._compiled))
     step = Step(x, mask, student, self._teacher_side(x))
     _check_step(step)
     self.teacher_logits = step.teacher.logits.detach()
@@ -411,7 +414,7 @@ def _teacher_side(self: Distiller, x):
         if not paths: return Side(self.teacher, logits_of(self.teacher(x)))
         with Taps(self.teacher, paths) as taps: return Side(self.teacher, logits_of(self.teacher(x)), taps.activations)
 
-# %% ../nbs/06_losses.ipynb #6d97adcf
+# %% ../nbs/06_losses.ipynb #25b24668
 def named_terms(
     terms,  # a `Term`, or a list of them
 ):  # dict: name -> term; a second term of one kind is called `name_2`
@@ -426,9 +429,8 @@ def named_terms(
         named[term.name + (f'_{same + 1}' if same else '')] = term
     return named
 
-def _missed(student):
-    if any(hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in student.modules()):
-        return 'the student was compiled before it was tapped, and its taps were not called: run torch.compiler.reset() and call it again'
+def _missed(compiled):
+    if compiled: return 'the student was compiled before it was tapped, and its taps were not called: run torch.compiler.reset() and call it again'
     return 'the student ran outside the block: write `with distiller: output = student(x)` before this call'
 
 def _check_mask(mask):

@@ -260,7 +260,7 @@ def _eager(model):
     compiled = any(hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in model.modules())
     return torch.compiler.set_stance('force_eager') if compiled else nullcontext()
 
-# %% ../nbs/05_attention.ipynb #de88aa46
+# %% ../nbs/05_attention.ipynb #a134311a
 def asked_classes(
     classes,  # None: those present in `mask`; a list, the same for all images; or an int tensor (B, k), -1 for none
     mask,  # int64 tensor (B, H, W), or None: the predicted classes
@@ -284,6 +284,8 @@ def asked_classes(
     return classes.long()
 
 def _check_batch(x, mask):
+    for name, value in dict(x=x, mask=mask).items():
+        if not isinstance(value, (Tensor, type(None))): raise TypeError(f'{name} is a {type(value).__name__}: give a tensor')
     if x.ndim != 4: raise ValueError(f'images of shape {tuple(x.shape)}: give a batch (B, 3, H, W)')
     if mask is None: return
     if mask.ndim != 3 or len(mask) != len(x):

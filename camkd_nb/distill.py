@@ -225,7 +225,7 @@ def save_whole(
         os.replace(name, file)
     finally: Path(name).unlink(missing_ok=True)
 
-# %% ../nbs/07_distill.ipynb #d9b4d57c
+# %% ../nbs/07_distill.ipynb #ac4c28e6
 class Checkpoint(Callback):
     "Keep all that a fit needs after each epoch; the same fit, started again after it was killed, goes on from there."
     order, _learner, run_valid = 71, None, False
@@ -248,6 +248,8 @@ class Checkpoint(Callback):
 
 def _epochs_from(checkpoint):
     learn = checkpoint.learn
+    bar = getattr(getattr(learn, 'progress', None), 'mbar', None)
+    if checkpoint.start and bar: bar.update(0)  # a bar has to begin at 0
     for epoch in range(checkpoint.start, learn.n_epoch):
         learn.epoch = epoch
         learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)

@@ -45,7 +45,7 @@ def main(folder, how):
     if how == 'epoch': cbs += [Checkpoint(), Killed()]
     if how == 'saving': cbs += [Checkpoint()]; killed_while_saving()
     if how == 'resume': cbs += [Checkpoint()]
-    with learn.no_bar(): learn.fit_one_cycle(4, 5e-3, cbs=cbs)
+    learn.fit_one_cycle(4, 5e-3, cbs=cbs)
     parameters = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
     torch.save(dict(parameters=parameters, epochs=len(learn.recorder.values), hypers=[dict(h) for h in learn.opt.hypers]), folder / f'{how}.result')
 

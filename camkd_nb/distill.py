@@ -41,7 +41,7 @@ class _TermColumns(Callback):
     def after_validate(self):
         if self.distill.trained: self.recorder.log += list(self.distill.columns().values())
 
-# %% ../nbs/07_distill.ipynb #303c3d18
+# %% ../nbs/07_distill.ipynb #9d7d3c79
 class Distill(Callback):
     "Add distillation terms to the training loss of a `Learner`."
     order, run_valid, _learner = 5, False, None
@@ -66,6 +66,7 @@ class Distill(Callback):
 
     @learn.setter
     def learn(self, learn):
+        "Set up when the callback is added to a learner, clean up when it is removed."
         if learn is None and self._learner is not None: self._release()
         self._learner = learn
         if learn is not None and self.recording not in learn.cbs: learn.add_cb(self.recording)
@@ -79,7 +80,7 @@ class Distill(Callback):
     def __getstate__(self):
         return {**super().__getstate__(), 'teacher': None, 'distiller': None, 'scores': None}
 
-# %% ../nbs/07_distill.ipynb #8e357539
+# %% ../nbs/07_distill.ipynb #c312c445
 class TeacherCheck:
     "Task loss of the teacher, and mean IoU of teacher and student, on the same batches."
     def __init__(self,
@@ -95,6 +96,7 @@ class TeacherCheck:
         mask,  # int64 tensor (B, H', W')
         side=64,  # int, at most so many rows and columns of pixels are looked at
     ):
+        "Add a batch."
         step = max(1, -(-max(mask.shape[-2:]) // side))
         thin = lambda z: z.detach()[..., ::step, ::step].float()
         if teacher.shape[-2:] != mask.shape[-2:]: teacher = F.interpolate(teacher, mask.shape[-2:], mode='bilinear')
@@ -225,7 +227,7 @@ def save_whole(
         os.replace(name, file)
     finally: Path(name).unlink(missing_ok=True)
 
-# %% ../nbs/07_distill.ipynb #ac4c28e6
+# %% ../nbs/07_distill.ipynb #a18cf7a0
 class Checkpoint(Callback):
     "Keep all that a fit needs after each epoch; the same fit, started again after it was killed, goes on from there."
     order, _learner, run_valid = 71, None, False
@@ -242,6 +244,7 @@ class Checkpoint(Callback):
 
     @learn.setter
     def learn(self, learn):
+        "Set up when the callback is added to a learner, clean up when it is removed."
         if learn is None and self._learner is not None: vars(self._learner).pop('_do_fit', None)
         self._learner = learn
         if learn is not None: learn._do_fit = partial(_epochs_from, self)

@@ -67,7 +67,7 @@ def valid_share(
     if mask is None: return torch.ones_like(like[:, :1], dtype=torch.float32)
     return F.adaptive_avg_pool2d((mask[:, None] != VOID).float(), like.shape[-2:])
 
-# %% ../nbs/06_losses.ipynb #71b8660e
+# %% ../nbs/06_losses.ipynb #269ab1a4
 def _resized(x, size):
     if x.shape[-2:] == tuple(size): return x
     return F.interpolate(x, size, mode='bilinear', align_corners=False)
@@ -85,7 +85,7 @@ class PixelKD(Term):
     name = 'pixel_kd'
 
     def __init__(self,
-        weight=1.,  # float ≥ 0, or a function of training progress
+        weight=1.,  # float ≥ 0, or a function of training progress; 1 as in the training scripts of CIRKD (Yang et al. 2022)
         temperature=2.,  # float > 0, divides the logits of both networks
     ):
         super().__init__(weight)
@@ -119,7 +119,7 @@ def map_distance(
     valid = valid_share(mask, student)
     return (_unit(student, valid) - _unit(teacher, valid)).pow(2).sum(2)
 
-# %% ../nbs/06_losses.ipynb #b77841a1
+# %% ../nbs/06_losses.ipynb #bcf0306d
 def _each(values, counts):
     return (values * counts).sum() / counts.sum().clamp(min=1)
 
@@ -133,7 +133,7 @@ class AttentionTransfer(Term):
     name = 'attention_transfer'
 
     def __init__(self,
-        weight=1.,  # float ≥ 0, or a function of training progress
+        weight=1.,  # float ≥ 0, or a function of training progress; 1 is the authors' 1000 on maps of 32 × 32
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage
     ):
         super().__init__(weight, layers)
@@ -147,9 +147,9 @@ class AttentionTransfer(Term):
             total = total + _each(map_distance(maps[0], maps[1].detach(), step.mask), _seen(step.mask, maps[0]))
         return total / len(self.layers)
 
-# %% ../nbs/06_losses.ipynb #550a6103
+# %% ../nbs/06_losses.ipynb #ab8927cb
 class ChannelKD(Term):
-    "Channel-wise distillation of the logits (Shu et al. 2021, section 3.2), over the non-void pixels."
+    "Channel-wise distillation of the logits (Shu et al. 2021, section 3), over the non-void pixels."
     name = 'channel_kd'
 
     def __init__(self,
@@ -171,7 +171,7 @@ class ChannelKD(Term):
         gap = gap.masked_fill(void.flatten(2), 0).sum(2).mean(1, keepdim=True)
         return self.temperature**2 * _each(gap, _seen(mask, gap))
 
-# %% ../nbs/06_losses.ipynb #d77aee14
+# %% ../nbs/06_losses.ipynb #c1fbfb26
 def _features(step, ours, theirs):
     "Float features of both sides at the smaller of the two sizes, the teacher's detached."
     return _meet(step.student.activations[ours].float(), step.teacher.activations[theirs].detach().float())
@@ -179,7 +179,7 @@ def _features(step, ours, theirs):
 def _full_precision(x): return torch.autocast(x.device.type, enabled=False)
 
 class PairwiseKD(Term):
-    "Pair-wise distillation of patch similarities (Liu et al. 2019, section 3.1)."
+    "Pair-wise distillation of patch similarities (Liu et al. 2019, section 3)."
     name = 'pairwise_kd'
 
     def __init__(self,
@@ -207,9 +207,9 @@ class PairwiseKD(Term):
             total = total + _each(gap[:, None], _seen(step.mask, gap))
         return total / len(self.layers)
 
-# %% ../nbs/06_losses.ipynb #d205d4ec
+# %% ../nbs/06_losses.ipynb #1b29d1b9
 class IFV(Term):
-    "Intra-class feature variation distillation (Wang et al. 2020, section 3.3)."
+    "Intra-class feature variation distillation (Wang et al. 2020, section 3)."
     name = 'ifv'
 
     def __init__(self,
@@ -237,13 +237,13 @@ def _typical(features, labels, n_classes):
         prototypes = member @ features.transpose(1, 2) / member.sum(2, keepdim=True).clamp(min=1)
         return ((F.normalize(prototypes, dim=2) @ F.normalize(features, dim=1)) * member).sum(1)
 
-# %% ../nbs/06_losses.ipynb #3900ba9e
+# %% ../nbs/06_losses.ipynb #b2dd03c2
 class ClassAttention(Term):
     "Squared distance between unit-length class attention maps of student and teacher."
     name = 'class_attention'
 
     def __init__(self,
-        weight=.03,  # float ≥ 0, or a function of training progress
+        weight=.03,  # float ≥ 0, or a function of training progress; chosen on the built-in data
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present

@@ -1,4 +1,5 @@
 """One process of several: distils a small student on its share of each batch. Started by `test_distributed.py` through torchrun."""
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from torch import nn
 
-from camkd_nb.distill import Distill, Checkpoint
+from camkd_nb.distill import Checkpoint, Distill
 from camkd_nb.losses import AttentionTransfer, ClassAttention, PixelKD
 from camkd_nb.metrics import SegLoss
 from camkd_nb.models import toy_student, toy_teacher
@@ -41,6 +42,11 @@ class OnEveryBatch(Callback):
         if self.training: self.seen.append(self.learn.loss_grad.item())
 
 
+class Dies(Callback):
+    def before_batch(self):
+        if self.training and self.epoch == 1: os._exit(3)
+
+
 def frozen_norms(model):
     "Batch norm that does not depend on the batch, so that two half batches are one batch"
     for m in model.modules():
@@ -51,7 +57,7 @@ def frozen_norms(model):
 def hooks(model): return sum(len(m._forward_hooks) for m in model.modules())
 
 
-def main(out, unused):
+def main(out, unused, dies):
     torch.manual_seed(0)
     student = frozen_norms(toy_student(7))
     if unused: student = Unused(student)
@@ -73,12 +79,12 @@ def main(out, unused):
             DistributedDL._broadcast = broadcast_on_cpu
             from accelerate import DistributedDataParallelKwargs
             handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
-            with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=handlers): learn.fit(2, cbs=Checkpoint(f'{Path(out).stem}.pth'))
+            with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=handlers): learn.fit(2, cbs=[Checkpoint(f'{Path(out).stem}.pth'), *([Dies()] if dies else [])])
     torch.save(dict(parameters=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), losses=batches.seen,
                     hooks=hooks(learn.model) + hooks(teacher), wrapped=type(learn.model).__name__, columns=[list(row) for row in learn.recorder.values]), f'{out}.{rank_distrib()}')
 
 
 if __name__ == '__main__':
     if int(sys.argv[3]) > 1: dist.init_process_group('gloo')
-    main(sys.argv[1], sys.argv[2] == 'unused')
+    main(sys.argv[1], sys.argv[2] == 'unused', sys.argv[2] == 'dies')
     if dist.is_initialized(): dist.destroy_process_group()

@@ -17,17 +17,20 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(*command):
+def start(*command, fails=False):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(worker.parents[1])}
     done = subprocess.run([sys.executable, *map(str, command)], env=env, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+
+
+def torchrun(*arguments, **kwargs): start('-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', worker, *arguments, **kwargs)
 
 
 @pytest.mark.parametrize('parameters', ['used', 'unused'])
 def test_two_processes_are_one(tmp_path, parameters):
     pytest.importorskip('accelerate')
     start(worker, tmp_path / 'one', parameters, 1)
-    start('-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', worker, tmp_path / 'two', parameters, 2)
+    torchrun(tmp_path / 'two', parameters, 2)
     one, first, second = (torch.load(tmp_path / name) for name in ('one.0', 'two.0', 'two.1'))
     assert torch.equal(first['parameters'], second['parameters'])
     # A term counts the classes of its own process that the teacher sees at all, hence not to the last bit.
@@ -37,3 +40,13 @@ def test_two_processes_are_one(tmp_path, parameters):
     for state in (first, second):
         assert state['hooks'] == 0 and state['wrapped'] == one['wrapped']
     assert not list(tmp_path.rglob('*.pth'))  # the first process kept a checkpoint, and took it away at the end
+
+
+def test_two_processes_go_on_after_they_died(tmp_path):
+    pytest.importorskip('accelerate')
+    torchrun(tmp_path / 'whole', 'used', 2)
+    torchrun(tmp_path / 'again', 'dies', 2, fails=True)
+    assert [p.name for p in tmp_path.rglob('*.pth')] == ['again.pth']
+    torchrun(tmp_path / 'again', 'used', 2)
+    whole, first, second = (torch.load(tmp_path / name)['parameters'] for name in ('whole.0', 'again.0', 'again.1'))
+    assert torch.equal(first, second) and torch.equal(first, whole)

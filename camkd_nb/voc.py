@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['VOC_CLASSES', 'VOID', 'voc_palette', 'color_mask', 'read_mask', 'read_image', 'write_mask', 'check_mask',
-           'check_pair', 'voc_root', 'voc_classes', 'voc_ids', 'voc_items', 'voc_real']
+           'check_pair', 'voc_root', 'voc_classes', 'voc_ids', 'voc_items', 'TreeCheck', 'voc_check', 'voc_real']
 
-# %% ../nbs/00_voc.ipynb #3e1fc72f
+# %% ../nbs/00_voc.ipynb #e1cc64ac
 import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from fastprogress import progress_bar
 from PIL import Image
 
 # %% ../nbs/00_voc.ipynb #dbcd2375
@@ -173,6 +177,81 @@ def voc_items(
         raise ValueError(f'Split {split!r} of {root} names {len(missing)} file(s) that are not there, first {first}. '
                          'Put them there or take their ids out of the list.')
     return pairs
+
+# %% ../nbs/00_voc.ipynb #53097c72
+@dataclass
+class TreeCheck:
+    "What `voc_check` found."
+    root: Path
+    splits: dict  # name of a list -> number of its ids
+    problems: list  # pairs: the file, relative to the tree, and what is wrong with it
+    empty: list  # masks with nothing but background and void, relative to the tree
+    classes: list  # class names
+    images: np.ndarray  # in how many images each class occurs, (C,)
+    pixels: np.ndarray  # how many pixels each class has, (C,)
+    void: int  # how many pixels are void
+
+    def __str__(self):
+        "One table of the classes, and every problem in a line."
+        share = 100 * self.pixels / max(self.pixels.sum() + self.void, 1)
+        lines = ['lists: ' + ', '.join(f'{name} ({n})' for name, n in self.splits.items())]
+        lines += [f'{name:16}{n:8} images {part:7.2f} % of the pixels' for name, n, part in zip(self.classes, self.images, share)]
+        lines += [f'{"void":16}{"":15} {100 - share.sum():7.2f} %' if self.pixels.sum() else 'no mask could be read']
+        lines += [f'{len(self.empty)} masks show nothing but background'] * bool(self.empty)
+        return '\n'.join([*lines, f'{len(self.problems)} problems', *(f'  {file}: {what}' for file, what in self.problems)])
+
+# %% ../nbs/00_voc.ipynb #6e86381a
+def _read_or_note(read, file, root, notes):
+    try: return read(file)
+    except FileNotFoundError: notes.append((str(file.relative_to(root)), 'missing'))
+    except ValueError as e: notes.append((str(file.relative_to(root)), str(e).removeprefix(f'{file}: ')))
+
+def _check_one(root, id, n_classes):
+    "The pixels of each value in a mask, or None, and what is wrong with it and its image."
+    notes, mask_file = [], root/f'SegmentationClass/{id}.png'
+    image = _read_or_note(read_image, root/f'JPEGImages/{id}.jpg', root, notes)
+    mask = _read_or_note(read_mask, mask_file, root, notes)
+    if mask is None: return None, notes
+    where = str(mask_file.relative_to(root))
+    def note(check, *args):
+        try: check(*args, where)
+        except ValueError as e: notes.append((where, str(e).removeprefix(f'{where}: ')))
+    note(check_mask, mask, n_classes)
+    if image is not None: note(check_pair, image.shape[1::-1], mask.shape[::-1])
+    if (mask == VOID).all(): notes.append((where, 'all void: there is nothing to learn from it'))
+    return np.bincount(mask.ravel(), minlength=256), notes
+
+# %% ../nbs/00_voc.ipynb #7d0cefd4
+def _shared_ids(lists):
+    "What is wrong with the lists: ids that are named twice, or in two lists of which neither holds the other."
+    for name, ids in lists.items():
+        twice = len(ids) - len(set(ids))
+        if twice: yield f'ImageSets/Segmentation/{name}.txt', f'{twice} ids are listed more than once'
+    for (a, one), (b, other) in combinations(lists.items(), 2):
+        both, union = sorted(set(one) & set(other)), set(one) <= set(other) or set(other) <= set(one)
+        if both and not (union and {a, b} - {'train', 'val', 'test'}):
+            yield f'ImageSets/Segmentation/{a}.txt', f'{len(both)} ids are in {b}, too, first {both[0]}'
+
+# %% ../nbs/00_voc.ipynb #7ff2f8e4
+def voc_check(
+    path, # a VOC tree
+    progress:bool=True, # show a progress bar
+) -> TreeCheck: # print it: a table of the classes, and a line for each problem
+    "Open every image and mask that a list of the tree names, and report what is wrong and what is in them."
+    root, classes = voc_root(path), voc_classes(path)
+    lists = {p.stem: p.read_text(encoding='utf-8-sig').split() for p in sorted((root/'ImageSets/Segmentation').glob('*.txt'))}
+    if not lists: raise ValueError(f'{root}/ImageSets/Segmentation holds no list. Write train.txt and val.txt, one id a line.')
+    ids, problems = sorted(set().union(*lists.values())), list(_shared_ids(lists))
+    problems += [(f'ImageSets/Segmentation/{name}.txt', 'the split is empty') for name, named in lists.items() if not named]
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        found = pool.map(lambda id: _check_one(root, id, len(classes)), ids)
+        found = list(progress_bar(found, total=len(ids), leave=False) if progress else found)
+    problems += [note for _, notes in found for note in notes]
+    read = [(id, n) for id, (n, _) in zip(ids, found) if n is not None]
+    counts = np.array([n for _, n in read]).reshape(-1, 256)
+    empty = [f'SegmentationClass/{id}.png' for id, n in read if n[0] and not n[1:VOID].any()]
+    known = counts[:, :len(classes)]
+    return TreeCheck(root, {name: len(named) for name, named in lists.items()}, problems, empty, classes, (known > 0).sum(0), known.sum(0), int(counts[:, VOID].sum()))
 
 # %% ../nbs/00_voc.ipynb #724ae367
 def voc_real() -> Path: # the tree, or None

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['VOC_CLASSES', 'VOID', 'voc_palette', 'color_mask', 'read_mask', 'read_image', 'write_mask', 'check_mask',
-           'check_pair', 'voc_root', 'voc_classes', 'voc_ids', 'voc_items', 'TreeCheck', 'voc_check', 'voc_real']
+           'check_pair', 'voc_root', 'voc_classes', 'voc_ids', 'voc_items', 'TreeCheck', 'voc_check', 'voc_download',
+           'voc_real']
 
-# %% ../nbs/00_voc.ipynb #e1cc64ac
-import os
+# %% ../nbs/00_voc.ipynb #41e5edd7
+import hashlib, http.client, os, shutil, tarfile, tempfile, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -252,6 +254,86 @@ def voc_check(
     empty = [f'SegmentationClass/{id}.png' for id, n in read if n[0] and not n[1:VOID].any()]
     known = counts[:, :len(classes)]
     return TreeCheck(root, {name: len(named) for name, named in lists.items()}, problems, empty, classes, (known > 0).sum(0), known.sum(0), int(counts[:, VOID].sum()))
+
+# %% ../nbs/00_voc.ipynb #92f45908
+def _official(year):
+    "Addresses, MD5 and folder of the official training archive of a year, from torchvision's table."
+    from torchvision.datasets.voc import DATASET_YEAR_DICT as table
+    if year not in table: raise ValueError(f'year={year!r}: there are {", ".join(y for y in table if y.isdigit())}')
+    url, hosts = table[year]['url'], ('host.robots.ox.ac.uk', 'thor.robots.ox.ac.uk')
+    mirrors = [url] + [url.replace(old, new) for old, new in (hosts, hosts[::-1]) if old in url]
+    return list(dict.fromkeys(mirrors)), table[year]['md5'], table[year]['base_dir']
+
+def _md5(file):
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(file, 'rb') as f:
+        while block := f.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
+
+# %% ../nbs/00_voc.ipynb #089a9885
+def _room(folder, n_bytes):
+    "Raise an `OSError` unless the disk has room for so much."
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes: raise OSError(f'{folder}: {n_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Make room, or give another folder.')
+
+def _fetch(url, part, progress):
+    "Continue `part` from `url` to its end; an `OSError` says what broke."
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+    try: answer = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as e:
+        if e.code == 416: return  # nothing is left to fetch
+        raise
+    with answer:
+        if answer.status != 206: have = 0  # a server that cannot continue sends everything
+        left = int(answer.headers.get('Content-Length', 0))
+        _room(part.parent, left + have + left)  # the rest of the archive, and the tree unpacked beside it
+        with open(part, 'r+b' if have else 'wb') as f:
+            f.seek(have)
+            blocks = iter(partial(answer.read, 1 << 20), b'')
+            for block in progress_bar(blocks, total=max(1, -(-left // (1 << 20))), leave=False) if progress else blocks: f.write(block)
+    if part.stat().st_size < have + left: raise ConnectionError(f'{url}: the connection ended after {part.stat().st_size} of {have + left} bytes')
+
+# %% ../nbs/00_voc.ipynb #1ecc7258
+def _unpack(archive, dest, base):
+    "Unpack beside the destination, then move the tree to `dest/base` in one step."
+    with tempfile.TemporaryDirectory(dir=dest, prefix='.unpacking-') as folder:
+        try:
+            with tarfile.open(archive) as tar: tar.extractall(folder, filter='data')
+        except tarfile.FilterError as e: raise ValueError(f'{archive.name}: not unpacked, since it would write outside of its folder ({e})') from e
+        if not (Path(folder)/base).is_dir(): raise ValueError(f'{archive.name} holds no folder {base}')
+        (dest/base).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(Path(folder)/base, dest/base)
+
+# %% ../nbs/00_voc.ipynb #f1cb39b3
+def voc_download(
+    dest, # folder to put `VOCdevkit/VOC2012` into; made if it is not there
+    year:str='2012', # '2007' to '2012'
+    urls=None, # addresses of the archive, tried in order; None: the official ones
+    md5:str=None, # its checksum, with `urls`
+    progress:bool=True, # show a progress bar
+) -> Path: # the tree
+    "Download, verify and unpack Pascal VOC; continue what was interrupted, and do nothing where the tree is."
+    mirrors, official, base = _official(year)
+    if (urls is None) != (md5 is None): raise ValueError('give urls and md5 together, or neither')
+    dest = Path(dest).expanduser()
+    if (dest/base).is_dir(): return dest/base
+    dest.mkdir(parents=True, exist_ok=True)
+    archive, failures = dest/f'VOC{year}.tar', []
+    if archive.exists() and _md5(archive) != (md5 or official): raise ValueError(f'{archive}: its checksum is not {md5 or official}. Remove it, or replace it by the official archive.')
+    for url in (urls or mirrors) * 2:
+        if archive.exists(): break
+        part = archive.with_suffix('.tar.part')
+        try: _fetch(url, part, progress)
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as e: failures.append(f'{url}: {e}')
+        else:
+            if _md5(part) == (md5 or official): os.replace(part, archive)
+            else: part.unlink(), failures.append(f'{url}: the file has another checksum than {md5 or official}, and was removed')
+    if not archive.exists():
+        raise ConnectionError('VOC could not be downloaded:\n  ' + '\n  '.join(failures) + f'\nCall again to go on, or put the archive at {archive} yourself.')
+    _unpack(archive, dest, base)
+    archive.unlink()
+    return dest/base
 
 # %% ../nbs/00_voc.ipynb #724ae367
 def voc_real() -> Path: # the tree, or None

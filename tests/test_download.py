@@ -1,0 +1,153 @@
+"""`voc_download` against a local server that misbehaves in every way that was thought of."""
+import hashlib
+import http.server
+import io
+import shutil
+import tarfile
+import threading
+from collections import namedtuple
+
+import pytest
+
+from camkd_nb.toyvoc import toy_voc
+from camkd_nb.voc import voc_check, voc_download, voc_items
+
+base = 'VOCdevkit/VOC2012'
+
+
+class Server:
+    "Serves `data`; the next answers break off after the numbers of bytes in `cuts`"
+    def __init__(self, data, ranges=True, lie=0):
+        self.data, self.ranges, self.lie, self.cuts, self.asked = data, ranges, lie, [], []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                if self.path == '/gone': return self.send_error(404)
+                wanted = int((self.headers['Range'] or 'bytes=0-')[6:-1])
+                outer.asked.append(wanted)
+                start = wanted if outer.ranges else 0
+                if start >= len(outer.data) > 0: return self.send_error(416)
+                self.send_response(206 if start else 200)
+                self.send_header('Content-Length', str(len(outer.data) - start + outer.lie))
+                self.end_headers()
+                self.wfile.write(outer.data[start:][:outer.cuts.pop(0) if outer.cuts else None])
+
+            def log_message(self, *args): pass
+
+        self.http = http.server.ThreadingHTTPServer(('localhost', 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f'http://localhost:{self.http.server_port}/voc.tar'
+
+
+@pytest.fixture
+def serve():
+    servers = []
+    def start(*args, **kwargs):
+        servers.append(Server(*args, **kwargs))
+        return servers[-1]
+    yield start
+    for server in servers: server.http.shutdown()
+
+
+@pytest.fixture(scope='module')
+def archive(tmp_path_factory):
+    tree, buffer = toy_voc(tmp_path_factory.mktemp('toy'), n_train=8, n_valid=4, size=64), io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as tar: tar.add(tree, base)
+    return buffer.getvalue()
+
+
+def md5(data): return hashlib.md5(data).hexdigest()
+def fetch(dest, server, data, **kwargs): return voc_download(dest, urls=[server.url], md5=md5(data), progress=False, **kwargs)
+def left(dest): return sorted(p.relative_to(dest).as_posix() for p in dest.glob('*'))
+
+
+def test_whole(tmp_path, serve, archive):
+    server = serve(archive)
+    tree = fetch(tmp_path, server, archive)
+    assert tree == tmp_path / base and len(voc_items(tree, 'train')) == 8
+    assert voc_check(tree, progress=False).problems == [] and left(tmp_path) == ['VOCdevkit']
+    assert fetch(tmp_path, server, archive) == tree and server.asked == [0]
+
+
+def test_goes_on_after_a_cut(tmp_path, serve, archive):
+    server = serve(archive)
+    server.cuts = [10_000]
+    assert fetch(tmp_path, server, archive).is_dir() and server.asked == [0, 10_000]
+
+
+def test_goes_on_in_a_later_call(tmp_path, serve, archive):
+    server = serve(archive)
+    server.cuts = [10_000, 5_000]
+    with pytest.raises(ConnectionError, match='Call again to go on'): fetch(tmp_path, server, archive)
+    assert left(tmp_path) == ['VOC2012.tar.part']
+    assert fetch(tmp_path, server, archive).is_dir() and server.asked == [0, 10_000, 15_000]
+
+
+def test_a_server_that_cannot_continue_starts_again(tmp_path, serve, archive):
+    server = serve(archive, ranges=False)
+    server.cuts = [10_000]
+    assert voc_check(fetch(tmp_path, server, archive), progress=False).problems == []
+
+
+def test_a_truncated_file_is_not_unpacked(tmp_path, serve, archive):
+    server = serve(archive[:-5_000], lie=5_000)
+    with pytest.raises(ConnectionError, match='the connection ended after'): fetch(tmp_path, server, archive)
+    assert not (tmp_path / base).exists()
+
+
+def test_another_file_is_removed(tmp_path, serve, archive):
+    server = serve(archive[:-1] + b'x')
+    with pytest.raises(ConnectionError, match='another checksum'): fetch(tmp_path, server, archive)
+    assert left(tmp_path) == []
+
+
+def test_the_next_mirror_is_tried(tmp_path, serve, archive):
+    server = serve(archive)
+    gone = server.url.replace('voc.tar', 'gone')
+    assert voc_download(tmp_path, urls=[gone, server.url], md5=md5(archive), progress=False).is_dir()
+
+
+def test_nobody_answers(tmp_path):
+    with pytest.raises(ConnectionError, match='put the archive at'):
+        voc_download(tmp_path, urls=['http://localhost:9/voc.tar'], md5='0' * 32, progress=False)
+
+
+def member(name, **fields):
+    info = tarfile.TarInfo(name)
+    for key, value in fields.items(): setattr(info, key, value)
+    return info
+
+
+@pytest.mark.parametrize('evil', [member('../outside'), member('/absolute/../../outside'), member(f'{base}/link', type=tarfile.SYMTYPE, linkname='/etc'),
+                                  member(f'{base}/up', type=tarfile.SYMTYPE, linkname='../../../..'), member(f'{base}/device', type=tarfile.CHRTYPE)])
+def test_a_hostile_archive_leaves_nothing(tmp_path, serve, archive, evil):
+    buffer = io.BytesIO(archive)
+    with tarfile.open(fileobj=buffer, mode='a') as tar: tar.addfile(evil)
+    data, dest = buffer.getvalue(), tmp_path / 'in'
+    with pytest.raises(ValueError, match='would write outside'): fetch(dest, serve(data), data)
+    assert left(dest) == ['VOC2012.tar'] and left(tmp_path) == ['in']
+
+
+def test_an_archive_without_the_tree(tmp_path, serve):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as tar: tar.addfile(member('readme'))
+    data = buffer.getvalue()
+    with pytest.raises(ValueError, match='holds no folder'): fetch(tmp_path, serve(data), data)
+    assert not (tmp_path / base).exists()
+
+
+def test_no_room(tmp_path, serve, archive, monkeypatch):
+    usage = namedtuple('usage', 'total used free')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(1, 1, len(archive)))
+    server = serve(archive)
+    with pytest.raises(OSError, match='Make room'): fetch(tmp_path, server, archive)
+    assert left(tmp_path) == []
+
+
+def test_an_archive_put_there_by_hand(tmp_path, serve, archive):
+    server = serve(archive)
+    (tmp_path / 'VOC2012.tar').write_bytes(archive[:-1] + b'x')
+    with pytest.raises(ValueError, match='its checksum is not'): fetch(tmp_path, server, archive)
+    (tmp_path / 'VOC2012.tar').write_bytes(archive)
+    assert fetch(tmp_path, server, archive).is_dir() and server.asked == []

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SegLoss', 'ConfusionMatrix', 'MeanIoU', 'PixelAccuracy', 'Evaluation', 'evaluate']
 
-# %% ../nbs/03_metrics.ipynb #ab539094
+# %% ../nbs/03_metrics.ipynb #e54585c1
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -19,7 +20,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 
-from .voc import VOID, check_mask, check_pair, read_image, read_mask, voc_classes, voc_items
+from .voc import VOID, check_mask, check_pair, read_image, read_mask, voc_classes, voc_items, voc_root, write_mask
 
 # %% ../nbs/03_metrics.ipynb #378833f8
 def _logits(pred):
@@ -242,17 +243,19 @@ def _evaluating(model):
     finally:
         for module, flag in flags: module.training = flag
 
-# %% ../nbs/03_metrics.ipynb #326e4642
+# %% ../nbs/03_metrics.ipynb #435ddbd3
 def _input(
     image, # RGB, uint8 array, (H, W, 3)
     size, # pixels of the longer side; None: as it is
     like:Tensor, # has the device and dtype wanted
+    pad:bool=False, # fill up to a square with grey
 ) -> Tensor: # ImageNet-normalised, (1, 3, h, w)
     "One photo as a network's input."
     x = torch.tensor(image, device=like.device).permute(2, 0, 1)[None].float() / 255
     if size is not None:
         sides = [max(1, round(side * size / max(x.shape[-2:]))) for side in x.shape[-2:]]
         x = F.interpolate(x, sides, mode='bilinear', antialias=True)
+    if pad: x = F.pad(x, (0, max(x.shape[-2:]) - x.shape[-1], 0, max(x.shape[-2:]) - x.shape[-2]), value=127/255)
     mean, std = (torch.tensor(o, device=like.device)[:, None, None] for o in imagenet_stats)
     return ((x - mean) / std).to(like.dtype)
 
@@ -276,23 +279,66 @@ def _read_pair(
     check_mask(mask, n_classes, files[1])
     return image, mask
 
-# %% ../nbs/03_metrics.ipynb #caf77255
+# %% ../nbs/03_metrics.ipynb #b6ce8c66
+def _view_logits(model, image, sides, size, pad, mirrored, like):
+    "Logits of one photo, seen at one size, resized to `sides`: float32, (1, C, H, W)."
+    x = _input(image, size, like, pad)
+    logits = _logits(model(x.flip(-1) if mirrored else x)).float()
+    if mirrored: logits = logits.flip(-1)
+    if pad: # take the grey off again, whatever the stride of the logits
+        if logits.shape[-2:] != x.shape[-2:]: logits = F.interpolate(logits, x.shape[-2:], mode='bilinear', align_corners=False)
+        height, width = (max(1, round(side * len(x[0, 0]) / max(image.shape[:2]))) for side in image.shape[:2])
+        logits = logits[..., :height, :width]
+    return logits if logits.shape[-2:] == sides else F.interpolate(logits, sides, mode='bilinear', align_corners=False)
+
+def _segment(model, image, sides, size, pad, flip, scales, like):
+    "Logits of one photo, or, where there are several views of it, the sum of their class probabilities: (1, C, H, W)."
+    sizes = [size if scale == 1 else max(1, round((size or max(image.shape[:2])) * scale)) for scale in scales]
+    views = [(side, mirrored) for side in sizes for mirrored in (False, True)[:1 + flip]]
+    logits = (_view_logits(model, image, sides, side, pad, mirrored, like) for side, mirrored in views)
+    return next(logits) if len(views) == 1 else sum(one.softmax(1) for one in logits)
+
+# %% ../nbs/03_metrics.ipynb #96f3dfb5
+def _results_folder(
+    save_to, # folder that `results` goes into
+    tree, # name of the VOC tree, such as VOC2012
+    split, # name of the list
+) -> Path: # new or empty
+    "The folder of a submission, as VOC's development kit lays it out."
+    folder = Path(save_to)/'results'/tree/'Segmentation'/f'comp6_{split}_cls'
+    if folder.is_dir() and any(folder.iterdir()): raise ValueError(f'{folder} holds files: remove them, or give another save_to')
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+# %% ../nbs/03_metrics.ipynb #ef5e8346
+def _check_evaluation(model, size, scales):
+    "Raise unless there is a network, and sizes to see the images at."
+    if not isinstance(model, nn.Module): raise TypeError(f'{type(model).__name__} is no network: give an nn.Module, for example learn.model')
+    if size is not None and size < 1: raise ValueError(f'size={size}: give the pixels of the longer side, or None for the native size')
+    if not isinstance(scales, (tuple, list)) or not scales or not all(o > 0 for o in scales):
+        raise ValueError(f'scales={scales!r}: give multiples of the size, for example (0.75, 1, 1.25)')
+
+# %% ../nbs/03_metrics.ipynb #09b12207
 def evaluate(
     model:nn.Module, # network; returns logits (B, C, H, W), or a dict with them as 'out'
     path, # VOC tree, or a folder that holds one
     split:str='val', # name of a list in ImageSets/Segmentation
     size:int=None, # longer side of the network's input, pixels; None: native size
+    pad:bool=False, # fill the input up to a square with grey 127
+    flip:bool=False, # average with the mirrored image
+    scales=(1,), # average over these multiples of the size
+    save_to=None, # folder for predictions, as palette PNGs in the layout of a VOC submission
     progress:bool=True, # show a progress bar
 ) -> Evaluation: # scores over all labelled pixels of the split
     "Score `model` on each image of a split at the size of its mask."
-    if not isinstance(model, nn.Module): raise TypeError(f'{type(model).__name__} is no network: give an nn.Module, for example learn.model')
-    if size is not None and size < 1: raise ValueError(f'size={size}: give the pixels of the longer side, or None for the native size')
-    vocab, items, like = voc_classes(path), voc_items(path, split), next(model.parameters(), torch.zeros(()))
-    confusion = ConfusionMatrix(len(vocab))
+    _check_evaluation(model, size, scales)
+    root, like = voc_root(path), next(model.parameters(), torch.zeros(()))
+    vocab, items = voc_classes(root), voc_items(root, split)
+    folder, confusion = save_to and _results_folder(save_to, root.name, split), ConfusionMatrix(len(vocab))
     with _evaluating(model):
         for files in progress_bar(items, leave=False) if progress else items:
             image, mask = _read_pair(files, len(vocab))
-            logits = _logits(model(_input(image, size, like)))
-            if logits.shape[-2:] != mask.shape: logits = F.interpolate(logits.float(), mask.shape, mode='bilinear', align_corners=False)
-            confusion.update(logits, torch.tensor(mask, device=like.device)[None])
+            scores = _segment(model, image, mask.shape, size, pad, flip, scales, like)
+            confusion.update(scores, torch.tensor(mask, device=like.device)[None])
+            if folder: write_mask(scores[0].max(0).indices.cpu().numpy(), folder/files[1].name)
     return Evaluation(confusion.miou(), confusion.pixel_accuracy(), confusion.table(vocab), confusion.matrix.cpu())

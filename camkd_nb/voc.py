@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VOC_CLASSES', 'VOID', 'voc_palette', 'color_mask', 'read_mask', 'read_image', 'write_mask', 'check_mask',
            'check_pair', 'voc_root', 'voc_classes', 'voc_ids', 'voc_items', 'TreeCheck', 'voc_check', 'voc_download',
-           'voc_real']
+           'voc_add_sbd', 'voc_real']
 
-# %% ../nbs/00_voc.ipynb #41e5edd7
-import hashlib, http.client, os, shutil, tarfile, tempfile, urllib.error, urllib.request
+# %% ../nbs/00_voc.ipynb #98b03820
+import hashlib, http.client, io, os, shutil, tarfile, tempfile, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -180,7 +180,7 @@ def voc_items(
                          'Put them there or take their ids out of the list.')
     return pairs
 
-# %% ../nbs/00_voc.ipynb #53097c72
+# %% ../nbs/00_voc.ipynb #c2f3138a
 @dataclass
 class TreeCheck:
     "What `voc_check` found."
@@ -201,6 +201,19 @@ class TreeCheck:
         lines += [f'{"void":16}{"":15} {100 - share.sum():7.2f} %' if self.pixels.sum() else 'no mask could be read']
         lines += [f'{len(self.empty)} masks show nothing but background'] * bool(self.empty)
         return '\n'.join([*lines, f'{len(self.problems)} problems', *(f'  {file}: {what}' for file, what in self.problems)])
+
+    def show(self,
+        figsize=(8, 3.6), # inches
+    ): # matplotlib figure
+        "Draw in how many images each class but the background occurs, and its share of the labelled pixels."
+        from matplotlib.figure import Figure
+        figure = Figure(figsize, layout='constrained', dpi=70)
+        sides = (self.images, 'images'), (100 * self.pixels / max(1, self.pixels.sum()), '% of the labelled pixels')
+        for ax, (values, label) in zip(figure.subplots(1, 2, sharey=True), sides):
+            ax.barh(self.classes[1:], values[1:], color=voc_palette()[1:len(self.classes)] / 255)
+            ax.set_xlabel(label)
+        ax.invert_yaxis()
+        return figure
 
 # %% ../nbs/00_voc.ipynb #6e86381a
 def _read_or_note(read, file, root, notes):
@@ -294,9 +307,25 @@ def _fetch(url, part, progress):
             for block in progress_bar(blocks, total=max(1, -(-left // (1 << 20))), leave=False) if progress else blocks: f.write(block)
     if part.stat().st_size < have + left: raise ConnectionError(f'{url}: the connection ended after {part.stat().st_size} of {have + left} bytes')
 
-# %% ../nbs/00_voc.ipynb #1ecc7258
+# %% ../nbs/00_voc.ipynb #07b7ff2a
+def _get(archive, urls, md5, progress):
+    "See to it that `archive` is there, whole and verified, from the first address that gives it."
+    if archive.exists() and _md5(archive) != md5: raise ValueError(f'{archive}: its checksum is not {md5}. Remove it, or replace it by the official archive.')
+    part, failures = archive.with_name(archive.name + '.part'), []
+    for url in list(urls) * 2:
+        if archive.exists(): return
+        try: _fetch(url, part, progress)
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as e: failures.append(f'{url}: {e}')
+        else:
+            if _md5(part) == md5: os.replace(part, archive)
+            else: part.unlink(), failures.append(f'{url}: the file has another checksum than {md5}, and was removed')
+    if not archive.exists():
+        raise ConnectionError(f'{archive.name} could not be downloaded:\n  ' + '\n  '.join(failures) + f'\nCall again to go on, or put the archive at {archive} yourself.')
+
+# %% ../nbs/00_voc.ipynb #988522de
 def _unpack(archive, dest, base):
     "Unpack beside the destination, then move the tree to `dest/base` in one step."
+    for left_over in dest.glob('.unpacking-*'): shutil.rmtree(left_over) # of a process that was killed
     with tempfile.TemporaryDirectory(dir=dest, prefix='.unpacking-') as folder:
         try:
             with tarfile.open(archive) as tar: tar.extractall(folder, filter='data')
@@ -305,7 +334,7 @@ def _unpack(archive, dest, base):
         (dest/base).parent.mkdir(parents=True, exist_ok=True)
         os.replace(Path(folder)/base, dest/base)
 
-# %% ../nbs/00_voc.ipynb #f1cb39b3
+# %% ../nbs/00_voc.ipynb #ec94a829
 def voc_download(
     dest, # folder to put `VOCdevkit/VOC2012` into; made if it is not there
     year:str='2012', # '2007' to '2012'
@@ -319,21 +348,47 @@ def voc_download(
     dest = Path(dest).expanduser()
     if (dest/base).is_dir(): return dest/base
     dest.mkdir(parents=True, exist_ok=True)
-    archive, failures = dest/f'VOC{year}.tar', []
-    if archive.exists() and _md5(archive) != (md5 or official): raise ValueError(f'{archive}: its checksum is not {md5 or official}. Remove it, or replace it by the official archive.')
-    for url in (urls or mirrors) * 2:
-        if archive.exists(): break
-        part = archive.with_suffix('.tar.part')
-        try: _fetch(url, part, progress)
-        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as e: failures.append(f'{url}: {e}')
-        else:
-            if _md5(part) == (md5 or official): os.replace(part, archive)
-            else: part.unlink(), failures.append(f'{url}: the file has another checksum than {md5 or official}, and was removed')
-    if not archive.exists():
-        raise ConnectionError('VOC could not be downloaded:\n  ' + '\n  '.join(failures) + f'\nCall again to go on, or put the archive at {archive} yourself.')
+    archive = dest/f'VOC{year}.tar'
+    _get(archive, urls or mirrors, md5 or official, progress)
     _unpack(archive, dest, base)
     archive.unlink()
     return dest/base
+
+# %% ../nbs/00_voc.ipynb #3106f6d5
+def _add_masks(root, archive):
+    "Write the masks in SBD's archive that the tree lacks; the ids of all of them."
+    from scipy.io import loadmat
+    images, ids = {file.removesuffix('.jpg') for file in os.listdir(root/'JPEGImages')}, []
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            file = Path(member.name)
+            if not member.isfile() or file.parent.name != 'cls' or file.suffix != '.mat': continue
+            ids.append(file.stem)
+            if file.stem not in images: raise ValueError(f'{root}: JPEGImages lacks {file.stem}.jpg. SBD belongs to the whole VOC 2012 tree.')
+            mask = root/f'SegmentationClass/{file.stem}.png'
+            if not mask.exists(): write_mask(loadmat(io.BytesIO(tar.extractfile(member).read()))['GTcls']['Segmentation'][0, 0], mask)
+    return ids
+
+# %% ../nbs/00_voc.ipynb #25caab21
+def voc_add_sbd(
+    path, # the VOC 2012 tree
+    urls=None, # addresses of the archive, tried in order; None: the official one
+    md5:str=None, # its checksum, with `urls`
+    progress:bool=True, # show a progress bar
+) -> Path: # the list `trainaug`
+    "Add the masks of the Semantic Boundaries Dataset to a VOC 2012 tree, and the list `trainaug`; nothing that is there is changed."
+    if (urls is None) != (md5 is None): raise ValueError('give urls and md5 together, or neither')
+    from torchvision.datasets import SBDataset
+    root = voc_root(path)
+    listed, archive = root/'ImageSets/Segmentation/trainaug.txt', root/'SBD.tgz'
+    if listed.exists(): return listed
+    _get(archive, urls or [SBDataset.url], md5 or SBDataset.md5, progress)
+    ids = sorted({*_add_masks(root, archive), *voc_ids(root, 'train')} - set(voc_ids(root, 'val')))
+    unfinished = listed.with_suffix('.part')
+    unfinished.write_text('\n'.join(ids) + '\n')
+    os.replace(unfinished, listed)
+    archive.unlink()
+    return listed
 
 # %% ../nbs/00_voc.ipynb #724ae367
 def voc_real() -> Path: # the tree, or None

@@ -1,4 +1,4 @@
-"""`voc_download` against a local server that misbehaves in every way that was thought of."""
+"""`voc_download` and `voc_add_sbd` against a local server that misbehaves in every way that was thought of."""
 import hashlib
 import http.server
 import io
@@ -7,10 +7,13 @@ import tarfile
 import threading
 from collections import namedtuple
 
+import numpy as np
 import pytest
+from PIL import Image
+from scipy.io import savemat
 
 from camkd_nb.toyvoc import toy_voc
-from camkd_nb.voc import voc_check, voc_download, voc_items
+from camkd_nb.voc import voc_add_sbd, voc_check, voc_download, voc_items, write_mask
 
 base = 'VOCdevkit/VOC2012'
 
@@ -151,3 +154,54 @@ def test_an_archive_put_there_by_hand(tmp_path, serve, archive):
     with pytest.raises(ValueError, match='its checksum is not'): fetch(tmp_path, server, archive)
     (tmp_path / 'VOC2012.tar').write_bytes(archive)
     assert fetch(tmp_path, server, archive).is_dir() and server.asked == []
+
+
+@pytest.fixture
+def sbd(tmp_path, archive):
+    "A tree whose val image 'c' must stay out of the list, and an archive in SBD's layout with masks for two of three photos"
+    root = tmp_path / 'VOC2012'
+    for folder in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'): (root / folder).mkdir(parents=True)
+    for id in 'abc': Image.new('RGB', (8, 6)).save(root / f'JPEGImages/{id}.jpg')
+    for id in 'ac': write_mask(np.ones((6, 8), int), root / f'SegmentationClass/{id}.png')
+    for split, id in (('train', 'a'), ('val', 'c')): (root / f'ImageSets/Segmentation/{split}.txt').write_text(id)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:gz') as tar:
+        for id in 'bc':
+            savemat(tmp_path / f'{id}.mat', {'GTcls': {'Segmentation': np.full((6, 8), 2, np.uint8)}})
+            tar.add(tmp_path / f'{id}.mat', f'benchmark_RELEASE/dataset/cls/{id}.mat')
+    return root, buffer.getvalue()
+
+
+def test_sbd_adds_and_never_replaces(sbd, serve):
+    root, data = sbd
+    server = serve(data)
+    server.cuts = [100]
+    before = {file: (root / f'SegmentationClass/{file}').read_bytes() for file in ('a.png', 'c.png')}
+    listed = voc_add_sbd(root, urls=[server.url], md5=md5(data), progress=False)
+    assert server.asked == [0, 100] and listed.read_text().split() == ['a', 'b']
+    assert all((root / f'SegmentationClass/{file}').read_bytes() == old for file, old in before.items())
+    assert voc_check(root, progress=False).problems == [] and not (root / 'SBD.tgz').exists()
+    assert voc_add_sbd(root) == listed and server.asked == [0, 100]
+
+
+def test_sbd_goes_on_after_a_stop(sbd, serve, monkeypatch):
+    root, data = sbd
+    server = serve(data)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr('camkd_nb.voc.write_mask', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        voc_add_sbd(root, urls=[server.url], md5=md5(data), progress=False)
+    assert not (root / 'ImageSets/Segmentation/trainaug.txt').exists()
+    assert voc_add_sbd(root, urls=[server.url], md5=md5(data), progress=False).read_text().split() == ['a', 'b']
+    assert server.asked == [0]
+
+
+def test_sbd_wants_the_whole_tree(sbd, serve):
+    root, data = sbd
+    (root / 'JPEGImages/b.jpg').unlink()
+    with pytest.raises(ValueError, match='lacks b.jpg'): voc_add_sbd(root, urls=[serve(data).url], md5=md5(data), progress=False)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, serve, archive):
+    (tmp_path / '.unpacking-dead/VOCdevkit').mkdir(parents=True)
+    fetch(tmp_path, serve(archive), archive)
+    assert left(tmp_path) == ['VOCdevkit']

@@ -64,6 +64,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'camkd_nb.data.voc_dls': ('data.html#voc_dls', 'camkd_nb/data.py')},
             'camkd_nb.demo': { 'camkd_nb.demo.Outcome': ('demo.html#outcome', 'camkd_nb/demo.py'),
                                'camkd_nb.demo.Recipe': ('demo.html#recipe', 'camkd_nb/demo.py'),
+                               'camkd_nb.demo.Recipe.__post_init__': ('demo.html#recipe.__post_init__', 'camkd_nb/demo.py'),
                                'camkd_nb.demo.Recipe.batches': ('demo.html#recipe.batches', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._Report': ('demo.html#_report', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._Report.__init__': ('demo.html#_report.__init__', 'camkd_nb/demo.py'),

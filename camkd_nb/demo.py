@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'fit', 'trained_teacher', 'load_teacher', 'score_on_batches', 'Outcome', 'compare', 'result_table',
            'image_scores', 'telling_images', 'save_picture', 'run', 'main']
 
-# %% ../nbs/09_demo.ipynb #4410bc5e
+# %% ../nbs/09_demo.ipynb #ef07b848
 import argparse, hashlib, importlib, io, sys, time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ from .distill import CAMDistill, save_whole
 from .explore import show_attention
 from .losses import ClassAttention, match_layers
 from .metrics import ConfusionMatrix, SegLoss, evaluate
-from .models import build_model, deeplabv3_mobilenetv2_voc, logits_of, toy_teacher
+from .models import build_model, deeplabv3_mobilenetv2_voc, logits_of, toy_teacher, voc_teacher
 from .toyvoc import TOY_CLASSES, cache_dir, toy_voc
 from .voc import voc_classes, voc_ids, voc_root
 
-# %% ../nbs/09_demo.ipynb #b51cbfba
+# %% ../nbs/09_demo.ipynb #03eb219d
 @dataclass
 class Recipe:
     "How a network is trained; the same for both runs of a comparison."
@@ -43,18 +43,25 @@ class Recipe:
     lr: float = 5e-3  # peak of the one-cycle schedule
     resize: int = None  # long side before augmentation, pixels; None: as stored
     device: str = None  # None: a GPU when there is one
-    n_train: int = None  # images to train on; None: all of the split `train`
+    n_train: int = None  # images to train on; None: all of the split
     scale: tuple = (1., 1.)  # smallest and largest random scale
+    train: str = 'train'  # split to train on
+    amp: str = None  # 'bf16' or 'fp16': mixed precision, on a GPU; None: float32
+
+    def __post_init__(self):
+        if self.amp not in (None, 'bf16', 'fp16'): raise ValueError(f"amp={self.amp!r}: give 'bf16', 'fp16' or None")
 
     def batches(self,
         seed=None,  # int, fixes all batches; None: they follow PyTorch's generator
     ):  # DataLoaders
         "The training and validation batches."
         bs = min(self.bs, self.n_train or self.bs)
-        dls = voc_dls(self.tree, size=self.size, bs=bs, resize=self.resize, scale=self.scale, seed=seed, n_train=self.n_train)
-        return dls.to(torch.device(self.device) if self.device else default_device())
+        dls = voc_dls(self.tree, size=self.size, bs=bs, train=self.train, resize=self.resize, scale=self.scale, seed=seed, n_train=self.n_train)
+        dls = dls.to(torch.device(self.device) if self.device else default_device())
+        if self.amp and dls.device.type == 'cpu': raise ValueError(f'amp={self.amp!r} needs a GPU: leave it out on a CPU')
+        return dls
 
-# %% ../nbs/09_demo.ipynb #d7729136
+# %% ../nbs/09_demo.ipynb #4f3aa235
 class _Report(Callback):
     "One line of progress, and no validation between epochs."
     order = 70
@@ -80,19 +87,20 @@ def fit(
     set_seed(seed, reproducible=True)
     dls = recipe.batches(seed)
     learn = Learner(dls, model.to(dls.device), loss_func=SegLoss(), cbs=_Report(label))
+    if recipe.amp: getattr(learn, f'to_{recipe.amp}')()
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=list(cbs))
     return time.perf_counter() - start
 
-# %% ../nbs/09_demo.ipynb #6210eb93
+# %% ../nbs/09_demo.ipynb #d14e2fe3
 def trained_teacher(
     name,  # str, a name that `build_model` knows
     recipe,  # Recipe
 ):  # network, trained
     "A teacher trained by the recipe, once: later calls load it from the cache folder."
     root = voc_root(recipe.tree)
-    classes, ids = voc_classes(root), voc_ids(root, 'train')
-    settings = repr((name, classes, ids, recipe.epochs, recipe.size, recipe.bs, recipe.lr, recipe.resize, recipe.n_train, recipe.scale))
+    classes, ids = voc_classes(root), voc_ids(root, recipe.train)
+    settings = repr((name, classes, ids, recipe.epochs, recipe.size, recipe.bs, recipe.lr, recipe.resize, recipe.n_train, recipe.scale, recipe.amp))
     file = cache_dir() / f'teacher-{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.pth'
     torch.manual_seed(0)
     model = build_model(name, len(classes))
@@ -102,9 +110,9 @@ def trained_teacher(
     model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     return model
 
-# %% ../nbs/09_demo.ipynb #0fbe79ac
+# %% ../nbs/09_demo.ipynb #e14d2f04
 def load_teacher(
-    spec,  # 'toy', 'NAME=FILE', 'module:function' or 'NAME'
+    spec,  # 'toy', 'voc_BACKBONE', 'NAME=FILE', 'module:function' or 'NAME'
     recipe,  # Recipe, for a teacher that must be trained, and for the number of classes
 ):  # network
     "The teacher that a command line names."
@@ -112,6 +120,7 @@ def load_teacher(
     if spec == 'toy':
         if classes != TOY_CLASSES: raise ValueError(f"the teacher 'toy' knows {', '.join(TOY_CLASSES)}, but the data hold {', '.join(classes)}: name another with --teacher")
         return toy_teacher(pretrained=True)
+    if spec.startswith('voc_'): return voc_teacher(spec.removeprefix('voc_'))
     if '=' in spec:
         name, file = spec.split('=', 1)
         if name == 'deeplabv3_mobilenetv2_voc': return deeplabv3_mobilenetv2_voc(file)
@@ -238,14 +247,14 @@ def _as_image(figure):
     figure.savefig(buffer, format='png', dpi=80, bbox_inches='tight')
     return PILImage.open(buffer).convert('RGB')
 
-# %% ../nbs/09_demo.ipynb #e6256d2c
+# %% ../nbs/09_demo.ipynb #dfb78daa
 def _parser():
     parser = argparse.ArgumentParser(prog='camkd-demo', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Train one student twice from the same start, without and with class attention distillation. '
                     'Prints mIoU in points, the mean over classes of intersection over union, at the full size of the validation images.')
     add = parser.add_argument
     add('--data', metavar='PATH', help='VOC tree, or a folder that holds one (default: the built-in data)')
-    add('--teacher', default='toy', metavar='SPEC', help="'toy'; NAME=FILE, a network and its state dict; module:function, called for a network; or NAME, trained first and cached")
+    add('--teacher', default='toy', metavar='SPEC', help="'toy'; voc_resnet101 and its like, torchvision's for the classes of VOC; NAME=FILE, a network and its state dict; module:function, called for a network; or NAME, trained first and cached")
     add('--student', default='toy_student', metavar='NAME', help='toy_student, or HEAD_BACKBONE such as pspnet_mobilenet_v2')
     add('--pretrained', metavar='FILE', help="state dict for the student's backbone, or 'imagenet' to download torchvision's")
     add('--output-stride', type=int, default=8, choices=(8, 16, 32), help="the student's input side over its feature map's side")
@@ -258,6 +267,8 @@ def _parser():
     add('--scale', type=float, nargs=2, default=Recipe.scale, metavar=('LOW', 'HIGH'), help='random scale of the training images')
     add('--bs', type=int, default=Recipe.bs, help='images a batch')
     add('--lr', type=float, default=Recipe.lr, help='peak learning rate of the one-cycle schedule')
+    add('--train', default=Recipe.train, metavar='SPLIT', help='list of the training images, such as trainaug')
+    add('--amp', choices=('bf16', 'fp16'), help='mixed precision, on a GPU (default: float32)')
     add('--n-train', type=int, help='number of training images (default: all)')
     add('--device', help='cpu, cuda, ... (default: a GPU when there is one)')
     add('--out', default='camkd_demo.png', metavar='FILE', help='picture to write')
@@ -285,14 +296,14 @@ def _check_pair(student, teacher, recipe, layers):
     if known != n_classes: raise ValueError(f'the teacher gives {known} classes, but the data hold {n_classes}: give a teacher for the same classes, in the same order')
     return match_layers(student, teacher, layers)
 
-# %% ../nbs/09_demo.ipynb #1b76b933
+# %% ../nbs/09_demo.ipynb #32de18ce
 def run(
     args,  # argparse.Namespace, as the command line gives it
 ):  # list of Outcome
     "The main job: teacher, pairs of students, table and picture."
     _check_arguments(args)
     tree = voc_root(args.data) if args.data else toy_voc(n_train=400, n_valid=200)
-    recipe = Recipe(tree, args.epochs, args.size, args.bs, args.lr, args.resize, args.device, args.n_train, tuple(args.scale))
+    recipe = Recipe(tree, args.epochs, args.size, args.bs, args.lr, args.resize, args.device, args.n_train, tuple(args.scale), args.train, args.amp)
     new_student = _student_builder(args, len(voc_classes(tree)))
     student = new_student()
     teacher = load_teacher(args.teacher, recipe)

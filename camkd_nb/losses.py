@@ -237,10 +237,11 @@ def _typical(features, labels, n_classes):
         prototypes = member @ features.transpose(1, 2) / member.sum(2, keepdim=True).clamp(min=1)
         return ((F.normalize(prototypes, dim=2) @ F.normalize(features, dim=1)) * member).sum(1)
 
-# %% ../nbs/06_losses.ipynb #b2dd03c2
+# %% ../nbs/06_losses.ipynb #317fcd2c
 class ClassAttention(Term):
     "Squared distance between unit-length class attention maps of student and teacher."
     name = 'class_attention'
+    distance = staticmethod(map_distance)  # (B, k, h, w), (B, k, h', w'), mask -> (B, k); a subclass may have another
 
     def __init__(self,
         weight=.03,  # float ≥ 0, or a function of training progress; chosen on the built-in data
@@ -256,7 +257,7 @@ class ClassAttention(Term):
         self.region, self.max_classes, self.method, self.calls = region, max_classes, method, 0
         self.reads_maps = method in GRADIENT_METHODS
 
-# %% ../nbs/06_losses.ipynb #cade4128
+# %% ../nbs/06_losses.ipynb #0652fd72
 @patch
 def __call__(self: ClassAttention,
     step,  # Step, with a teacher side that records a graph from its layers on
@@ -264,13 +265,13 @@ def __call__(self: ClassAttention,
     "The mean distance of the maps that are asked for."
     classes, regions = self._asked(step)
     if classes.shape[1] == 0: return step.student.logits.new_zeros((), dtype=torch.float32)
-    theirs = self._maps(step.teacher, self.layers.values(), classes, regions)
+    theirs = self._taught(step, classes, regions)
     ours = self._maps(step.student, self.layers, classes, regions, self._in_eval_mode(step) if self.reads_maps else None)
     total = 0.
     for student_layer, teacher_layer in self.layers.items():
-        teacher = theirs[teacher_layer].detach()
+        teacher = theirs[teacher_layer]
         asked = (classes >= 0) & (teacher.flatten(2).amax(2) > 0)
-        total = total + _each(map_distance(ours[student_layer], teacher, step.mask), asked.float())
+        total = total + _each(self.distance(ours[student_layer], teacher, step.mask), asked.float())
     return total / len(self.layers)
 
 @patch
@@ -281,6 +282,10 @@ def _asked(self: ClassAttention, step):
     self.calls += 1  # a generator of its own leaves the caller's random numbers alone: runs stay comparable
     classes = asked_classes(None, mask, logits, self.max_classes, 'random', torch.Generator().manual_seed(self.calls))
     return classes, region_masks(classes, logits, mask, self.region)
+
+@patch
+def _taught(self: ClassAttention, step, classes, regions):
+    return {name: maps.detach() for name, maps in self._maps(step.teacher, self.layers.values(), classes, regions).items()}
 
 @patch
 def _in_eval_mode(self: ClassAttention, step):

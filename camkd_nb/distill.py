@@ -174,7 +174,7 @@ def _guarded(distill, one_batch, *args):
 def after_loss(self: Distill):
     "Add Σ λ·term to the loss that is optimised and to the one that is recorded."
     x, mask = self.xb[0].as_subclass(Tensor), self.yb[0].as_subclass(Tensor) if len(self.yb) else None
-    values = self.distiller(x, mask, self.pred, self.pct_train)
+    values = self.distiller(x, mask, self.pred, self.pct_train, self.loss_grad)
     self._check_finite(values)
     for name, (value, weight) in values.items():
         self.learn.loss_grad = self.loss_grad + weight * value
@@ -264,15 +264,14 @@ def _callbacks_state(learn):
     "What callbacks must remember: the best values of trackers, the recorder's lines, the terms' counters."
     kept = {type(cb).__name__: _plain({k: v for k, v in vars(cb).items() if k in _TRACKED}) for cb in learn.cbs}
     kept['meters'] = {name: [meter.count, float(meter.val)] for name, meter in _meters(learn).items()}
-    kept['calls'] = {name: term.calls for name, term in _terms(learn).items()}
+    kept['terms'] = {name: _plain({k: vars(term)[k] for k in ('calls', 'pulls') if k in vars(term)}) for name, term in _terms(learn).items()}
     return kept
 
 def _meters(learn): return {'loss': learn.recorder.smooth_loss, **(learn.distill.smooth if hasattr(learn, 'distill') else {})}
 
 def _terms(learn):
     distill = getattr(learn, 'distill', None)
-    terms = {} if distill is None else distill.distiller.terms if distill.distiller else distill.terms
-    return {name: term for name, term in terms.items() if hasattr(term, 'calls')}
+    return {} if distill is None else distill.distiller.terms if distill.distiller else distill.terms
 
 def _loaders(learn): return [getattr(dl, 'dl', dl) for dl in learn.dls.loaders]  # fastai wraps the loaders of several processes
 
@@ -297,7 +296,7 @@ def _restore(learn, state):
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     for cb in learn.cbs: vars(cb).update(kept.get(type(cb).__name__, {}))
     for name, meter in _meters(learn).items(): meter.count, meter.val = kept['meters'][name][0], torch.tensor(kept['meters'][name][1])
-    for name, term in _terms(learn).items(): term.calls = kept['calls'][name]
+    for name, term in _terms(learn).items(): vars(term).update(kept['terms'][name])
     for dl, passes in zip(_loaders(learn), state['passes']): dl.passes = passes
     learn.train_iter = state['train_iter']
     if num_distrib() > 1: return  # every process has random numbers of its own

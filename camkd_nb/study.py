@@ -126,7 +126,9 @@ def describe(
     term,  # Term
 ):  # dict that JSON can hold
     "A term's class and its options."
-    return {'class': type(term).__name__, **{name: _described(value) for name, value in vars(term).items() if name not in ('calls', 'reads_maps')}}
+    shown = {name: _described(value) for name, value in vars(term).items() if name not in ('calls', 'reads_maps', 'relative', 'pulls')}
+    if term.relative: shown['relative weight'] = shown.pop('weight')
+    return {'class': type(term).__name__, **shown}
 
 # %% ../nbs/10_study.ipynb #3aaa7a8b
 @dataclass

@@ -195,11 +195,13 @@ def class_weights(
 def weighted_maps(
     activations,  # dict: path -> (B, K, h, w)
     weights,  # dict: path -> (B, k, K)
-):  # dict: path -> float32 tensor (B, k, h, w), zero or more
+    signed=False,  # bool, keep what speaks against the class too, as negative values
+):  # dict: path -> float32 tensor (B, k, h, w); zero or more, unless signed
     "Add the channels up with their weights, and keep what speaks for the class (equation 2)."
     device = next(iter(activations.values())).device.type
     with torch.autocast(device, enabled=False):
-        return {name: torch.einsum('bck,bkhw->bchw', w, _precise(activations[name])).relu() for name, w in weights.items()}
+        maps = {name: torch.einsum('bck,bkhw->bchw', w, _precise(activations[name])) for name, w in weights.items()}
+    return maps if signed else {name: one.relu() for name, one in maps.items()}
 
 # %% ../nbs/05_attention.ipynb #23c26050
 METHODS = ('gradcam', 'hirescam', 'mask', 'activation')
@@ -214,17 +216,18 @@ def class_maps(
     activations=None,  # dict as `recorded`, of which the maps are made; None: `recorded`
     second_order=False,  # bool, differentiate the weights too
     keep_graph=False,  # bool, for activations that will be differentiated through later
-):  # dict: path -> float32 tensor (B, k, h, w), zero or more, and zero for a class -1
+    signed=False,  # bool, keep what speaks against the class too, as negative values
+):  # dict: path -> float32 tensor (B, k, h, w), zero or more unless signed, and zero for a class -1
     "The maps of each image's classes by one of four methods."
     if method not in METHODS: raise ValueError(f'method={method!r}: choose one of {", ".join(map(repr, METHODS))}')
     activations = recorded if activations is None else activations
-    if method == 'gradcam': return weighted_maps(activations, class_weights(logits, recorded, classes, regions, second_order, keep_graph))
-    if method == 'mask': return weighted_maps(activations, {name: _region_means(a if second_order else a.detach(), regions) for name, a in recorded.items()})
+    if method == 'gradcam': return weighted_maps(activations, class_weights(logits, recorded, classes, regions, second_order, keep_graph), signed)
+    if method == 'mask': return weighted_maps(activations, {name: _region_means(a if second_order else a.detach(), regions) for name, a in recorded.items()}, signed)
     if method == 'activation': return {name: _precise(a).pow(2).sum(1, keepdim=True) * (classes >= 0)[..., None, None] for name, a in activations.items()}
     maps = {name: [_precise(a.new_zeros((len(a), 0, *a.shape[2:])))] for name, a in activations.items()}
     for gradients in score_gradients(logits, recorded, classes, regions, second_order, keep_graph):
-        for name, gradient in gradients.items(): maps[name].append((gradient * _precise(activations[name])).sum(1, keepdim=True).relu())
-    return {name: torch.cat(parts, 1) for name, parts in maps.items()}
+        for name, gradient in gradients.items(): maps[name].append((gradient * _precise(activations[name])).sum(1, keepdim=True))
+    return {name: torch.cat(parts, 1) if signed else torch.cat(parts, 1).relu() for name, parts in maps.items()}
 
 def _region_means(activation, regions):
     share = F.adaptive_avg_pool2d(regions.to(torch.promote_types(activation.dtype, torch.float32)), activation.shape[-2:])

@@ -46,7 +46,7 @@ class Recipe:
     n_train: int = None  # images to train on; None: all of the split
     scale: tuple = (1., 1.)  # smallest and largest random scale
     train: str = 'train'  # split to train on
-    amp: str = None  # 'bf16' or 'fp16': mixed precision, on a GPU; None: float32
+    amp: str = None  # 'bf16', or on a GPU 'fp16': mixed precision; None: float32
 
     def __post_init__(self):
         if self.amp not in (None, 'bf16', 'fp16'): raise ValueError(f"amp={self.amp!r}: give 'bf16', 'fp16' or None")
@@ -58,7 +58,7 @@ class Recipe:
         bs = min(self.bs, self.n_train or self.bs)
         dls = voc_dls(self.tree, size=self.size, bs=bs, train=self.train, resize=self.resize, scale=self.scale, seed=seed, n_train=self.n_train)
         dls = dls.to(torch.device(self.device) if self.device else default_device())
-        if self.amp and dls.device.type == 'cpu': raise ValueError(f'amp={self.amp!r} needs a GPU: leave it out on a CPU')
+        if self.amp == 'fp16' and dls.device.type == 'cpu': raise ValueError("amp='fp16' needs a GPU: give 'bf16', or leave it out, on a CPU")
         return dls
 
 # %% ../nbs/09_demo.ipynb #4f3aa235
@@ -76,6 +76,18 @@ class _Report(Callback):
         if sys.stdout.isatty(): print(f'\r{line}  ', end='\n' if last else '', flush=True)
         elif last: print(line, flush=True)
 
+class _HalfOnCPU(Callback):
+    "What `to_bf16` does, which knows GPUs only."
+    order = 10  # after the terms have seen the loss
+    def before_batch(self):
+        self.context = torch.autocast('cpu', torch.bfloat16)
+        self.context.__enter__()
+    def after_loss(self): self._leave()
+    def after_batch(self): self._leave()  # where an exception came between
+    def _leave(self):
+        if self.context: self.context.__exit__(None, None, None)
+        self.context = None
+
 def fit(
     model: nn.Module,  # trained in place
     recipe,  # Recipe
@@ -87,7 +99,7 @@ def fit(
     set_seed(seed, reproducible=True)
     dls = recipe.batches(seed)
     learn = Learner(dls, model.to(dls.device), loss_func=SegLoss(), cbs=_Report(label))
-    if recipe.amp: getattr(learn, f'to_{recipe.amp}')()
+    if recipe.amp: learn.add_cb(_HalfOnCPU()) if dls.device.type == 'cpu' else getattr(learn, f'to_{recipe.amp}')()
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=list(cbs))
     return time.perf_counter() - start
@@ -268,7 +280,7 @@ def _parser():
     add('--bs', type=int, default=Recipe.bs, help='images a batch')
     add('--lr', type=float, default=Recipe.lr, help='peak learning rate of the one-cycle schedule')
     add('--train', default=Recipe.train, metavar='SPLIT', help='list of the training images, such as trainaug')
-    add('--amp', choices=('bf16', 'fp16'), help='mixed precision, on a GPU (default: float32)')
+    add('--amp', choices=('bf16', 'fp16'), help='mixed precision, fp16 on a GPU only (default: float32)')
     add('--n-train', type=int, help='number of training images (default: all)')
     add('--device', help='cpu, cuda, ... (default: a GPU when there is one)')
     add('--out', default='camkd_demo.png', metavar='FILE', help='picture to write')

@@ -206,13 +206,15 @@ class CAMDistill(Distill):
     def __init__(self,
         teacher: nn.Module,  # the trained network
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage, printed
-        weight=.03,  # float ≥ 0, or a function: training progress 0 to 1 -> float ≥ 0
+        weight=.03,  # float ≥ 0, a function: training progress 0 to 1 -> float ≥ 0, or `Relative`
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present
         method='gradcam',  # 'gradcam', 'hirescam', 'mask' or 'activation': the kind of map
+        signed=False,  # bool, compare what speaks against a class too
+        second_order=False,  # bool, differentiate the maps' weights too
         show_teacher=False,  # bool, columns for the teacher's task loss and both networks' mean IoU on the training batches
     ):
-        super().__init__(teacher, ClassAttention(weight, layers, region, max_classes, method), show_teacher)
+        super().__init__(teacher, ClassAttention(weight, layers, region, max_classes, method, signed, second_order), show_teacher)
 
 # %% ../nbs/07_distill.ipynb #ce0c9288
 def save_whole(

@@ -119,18 +119,21 @@ def _meet(a, b):
     size = [min(pair) for pair in zip(a.shape[-2:], b.shape[-2:])]
     return tuple(x if list(x.shape[-2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
 
-def _unit(maps, valid):
-    return F.normalize((maps * valid).flatten(2), dim=2)
+def _unit(maps, valid, centred=False):
+    maps, valid = maps.flatten(2), valid.flatten(2)
+    if centred: maps = maps - (maps * valid).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp(min=1e-6)
+    return F.normalize(maps * valid, dim=2)
 
 def map_distance(
-    student,  # float tensor (B, k, h, w), zero or more
-    teacher,  # float tensor (B, k, h', w'), zero or more
+    student,  # float tensor (B, k, h, w)
+    teacher,  # float tensor (B, k, h', w')
     mask=None,  # int64 tensor (B, H, W), void counts nowhere
-):  # float tensor (B, k), 0 (same direction) to 2 (nothing in common)
+    centred=False,  # bool, take each map's mean away first: then it is 2 - 2 × Pearson's correlation, for signed maps
+):  # float tensor (B, k), 0 (same direction) to 2 (nothing in common), or to 4 (opposite) where there are negative values
     "Squared distance between maps scaled to unit length over the non-void positions."
     student, teacher = _meet(student.float(), teacher.float())
     valid = valid_share(mask, student)
-    return (_unit(student, valid) - _unit(teacher, valid)).pow(2).sum(2)
+    return (_unit(student, valid, centred) - _unit(teacher, valid, centred)).pow(2).sum(2)
 
 # %% ../nbs/06_losses.ipynb #bcf0306d
 def _each(values, counts):
@@ -254,7 +257,7 @@ def _typical(features, labels, n_classes):
 class ClassAttention(Term):
     "Squared distance between unit-length class attention maps of student and teacher."
     name = 'class_attention'
-    distance = staticmethod(map_distance)  # (B, k, h, w), (B, k, h', w'), mask -> (B, k); a subclass may have another
+    distance = staticmethod(map_distance)  # (B, k, h, w), (B, k, h', w'), mask, centred -> (B, k); a subclass may have another
 
     def __init__(self,
         weight=.03,  # float ≥ 0, a function of training progress, or `Relative`; chosen on the built-in data
@@ -262,13 +265,16 @@ class ClassAttention(Term):
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present
         method='gradcam',  # one of `METHODS`: the kind of map
+        signed=False,  # bool, compare what speaks against a class too: maps without their ReLU, by their correlation
+        second_order=False,  # bool, differentiate the maps' weights too, so that the layers behind are taught as well
     ):
         super().__init__(weight, layers)
         if method not in METHODS: raise ValueError(f'method={method!r}: choose one of {", ".join(map(repr, METHODS))}')
         if region not in ('label', 'predicted', 'all'): raise ValueError(f"region={region!r}: choose 'label', 'predicted' or 'all'")
         if max_classes is not None and max_classes < 1: raise ValueError(f'max_classes={max_classes}: give 1 or more, or None for all')
+        if second_order and method not in GRADIENT_METHODS: raise ValueError(f'second_order=True with method={method!r}, whose weights are no gradients: leave it out, or choose one of {", ".join(map(repr, GRADIENT_METHODS))}')
         self.region, self.max_classes, self.method, self.calls = region, max_classes, method, 0
-        self.reads_maps = method in GRADIENT_METHODS
+        self.reads_maps, self.signed, self.second_order = method in GRADIENT_METHODS, signed, second_order
 
 # %% ../nbs/06_losses.ipynb #0652fd72
 @patch
@@ -283,8 +289,8 @@ def __call__(self: ClassAttention,
     total = 0.
     for student_layer, teacher_layer in self.layers.items():
         teacher = theirs[teacher_layer]
-        asked = (classes >= 0) & (teacher.flatten(2).amax(2) > 0)
-        total = total + _each(self.distance(ours[student_layer], teacher, step.mask), asked.float())
+        asked = (classes >= 0) & (teacher.flatten(2).abs().amax(2) > 0)
+        total = total + _each(self.distance(ours[student_layer], teacher, step.mask, self.signed), asked.float())
     return total / len(self.layers)
 
 @patch
@@ -309,7 +315,8 @@ def _maps(self: ClassAttention, side, layers, classes, regions, reading=None):
     reading, of = reading or side, lambda side: {name: side.activations[name] for name in layers}
     size = reading.logits.shape[-2:]
     if regions.shape[-2:] != size: regions = F.interpolate(regions.float(), size, mode='nearest-exact') > 0
-    with torch.enable_grad(): return class_maps(reading.logits, of(reading), classes, regions, self.method, of(side), keep_graph=True)
+    second_order = self.second_order and side is not reading
+    with torch.enable_grad(): return class_maps(reading.logits, of(reading), classes, regions, self.method, of(side), second_order, True, self.signed)
 
 # %% ../nbs/06_losses.ipynb #0b30661a
 def unwrapped(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'interval', 'append_row', 'read_runs', 'paired_gains', 'plot_gains', 'Method', 'describe', 'Study', 'train',
-           'row_of', 'options', 'run_study', 'ShuffledAttention', 'gradient_sizes']
+           'row_of', 'options', 'run_study', 'ShuffledAttention']
 
 # %% ../nbs/10_study.ipynb #b6d6b894
 import csv, json
@@ -16,7 +16,7 @@ from typing import Callable
 import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.torch_core import set_seed
 from scipy.stats import t as student_t
-from torch import Tensor, nn
+from torch import nn
 
 from . import __version__
 from .demo import Recipe, fit
@@ -47,9 +47,9 @@ def append_row(
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(file, 'x', newline='') as new: csv.writer(new).writerow(COLUMNS)
+        with open(file, 'x', newline='') as new: csv.writer(new, lineterminator='\n').writerow(COLUMNS)
     except FileExistsError: pass
-    with open(file, 'a', newline='', buffering=1 << 20) as old: csv.writer(old).writerow([row[name] for name in COLUMNS])
+    with open(file, 'a', newline='', buffering=1 << 20) as old: csv.writer(old, lineterminator='\n').writerow([row[name] for name in COLUMNS])
 
 # %% ../nbs/10_study.ipynb #56eedf9f
 def read_runs(
@@ -140,6 +140,7 @@ class Study:
     new_student: Callable  # function without arguments that returns an untrained student
     teacher: nn.Module  # trained
     methods: dict  # name -> `Method`, a `Term`, or a list of them; an empty list: plain training
+    score: Callable = None  # function of a trained student and the recipe that returns an `Evaluation`; None: `evaluate` on 'val'
 
     def __post_init__(self):
         self.methods = {name: _as_method(given) for name, given in self.methods.items()}
@@ -168,7 +169,8 @@ def row_of(
     terms,  # dict of floats
 ):  # dict with `COLUMNS` as its keys
     "What a file keeps of a training; the student is scored on whole validation images."
-    scores, device = evaluate(student, study.recipe.tree, progress=False), next(student.parameters()).device
+    scores = study.score(student, study.recipe) if study.score else evaluate(student, study.recipe.tree, progress=False)
+    device = next(student.parameters()).device
     iou = {row['class']: round(float(row['iou']), 4) for _, row in scores.table.reset_index().iterrows() if row['class'] in voc_classes(study.recipe.tree)}
     return dict(setting=study.setting, method=name, seed=seed, miou=round(scores.miou, 5), seconds=round(seconds, 1),
                 device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, class_iou=json.dumps(iou),
@@ -180,9 +182,10 @@ def options(
     name,  # str, one of its methods
 ):  # dict that JSON can hold
     "All settings of a method's trainings."
-    method, recipe = study.methods[name], asdict(study.recipe)
+    method = study.methods[name]
+    recipe = {key: Path(value).name if isinstance(value, Path) else value for key, value in asdict(study.recipe).items()}
     sizes = {who: sum(p.numel() for p in model.parameters()) for who, model in (('student', (method.new_student or study.new_student)()), ('teacher', method.teacher or study.teacher))}
-    return json.loads(json.dumps({'recipe': {**recipe, 'tree': Path(recipe['tree']).name, 'device': None}, 'parameters': sizes, 'terms': [describe(term) for term in method.terms]}))
+    return json.loads(json.dumps({'recipe': {**recipe, 'tree': Path(study.recipe.tree).name, 'device': None}, 'parameters': sizes, 'terms': [describe(term) for term in method.terms]}))
 
 # %% ../nbs/10_study.ipynb #86ab0aee
 def _todo(study, seeds):
@@ -218,15 +221,3 @@ class ShuffledAttention(ClassAttention):
     "A control: class attention with the maps of the next image of the batch."
     def _taught(self, step, classes, regions):
         return {name: maps.roll(1, 0) for name, maps in super()._taught(step, classes, regions).items()}
-
-# %% ../nbs/10_study.ipynb #dd781564
-def gradient_sizes(
-    step,  # Step, with a student side that is attached to its graph
-    value,  # scalar tensor, a term of it
-    layers,  # list of dotted paths, tapped in the student
-):  # (float tensor, float tensor): Euclidean norms of the term's and of the cross-entropy's gradient at these layers
-    "How strongly a term and the task pull at the same activations."
-    at = [step.student.activations[name] for name in layers]
-    task = nn.functional.cross_entropy(step.student.logits.float(), step.mask, ignore_index=255)
-    size = lambda loss: torch.stack([g.float().pow(2).sum() for g in torch.autograd.grad(loss, at, retain_graph=True)]).sum().sqrt()
-    return size(value), size(task)

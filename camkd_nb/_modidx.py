@@ -70,6 +70,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'camkd_nb.demo._HalfOnCPU._leave': ('demo.html#_halfoncpu._leave', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._HalfOnCPU.after_batch': ('demo.html#_halfoncpu.after_batch', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._HalfOnCPU.after_loss': ('demo.html#_halfoncpu.after_loss', 'camkd_nb/demo.py'),
+                               'camkd_nb.demo._HalfOnCPU.after_pred': ('demo.html#_halfoncpu.after_pred', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._HalfOnCPU.before_batch': ('demo.html#_halfoncpu.before_batch', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._Report': ('demo.html#_report', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._Report.__init__': ('demo.html#_report.__init__', 'camkd_nb/demo.py'),

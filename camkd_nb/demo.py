@@ -18,7 +18,7 @@ import fastai.callback.progress, fastai.callback.schedule  # adds Learner.no_bar
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.learner import Learner
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import default_device, set_seed, to_float
 from PIL import Image as PILImage
 from torch import nn
 
@@ -82,6 +82,7 @@ class _HalfOnCPU(Callback):
     def before_batch(self):
         self.context = torch.autocast('cpu', torch.bfloat16)
         self.context.__enter__()
+    def after_pred(self): self.learn.pred = to_float(self.pred)
     def after_loss(self): self._leave()
     def after_batch(self): self._leave()  # where an exception came between
     def _leave(self):

@@ -12,6 +12,7 @@ from fastai.torch_core import set_seed
 
 from camkd_nb.data import voc_dls
 from camkd_nb.distill import CAMDistill, Checkpoint
+from camkd_nb.losses import Relative
 from camkd_nb.metrics import MeanIoU, SegLoss
 from camkd_nb.models import toy_student, toy_teacher
 from camkd_nb.toyvoc import toy_voc
@@ -41,7 +42,8 @@ def main(folder, how):
     set_seed(0, reproducible=True)
     dls = voc_dls(toy_voc(folder / 'toy', n_train=32, n_valid=8, size=64), size=64, bs=8)
     learn = Learner(dls, toy_student(7), loss_func=SegLoss(), metrics=MeanIoU(), path=folder, model_dir=how if how == 'whole' else 'models')
-    cbs = [CAMDistill(toy_teacher(pretrained=True)), EarlyStoppingCallback(patience=9)]
+    # killed while the relative weight is still being measured
+    cbs = [CAMDistill(toy_teacher(pretrained=True), weight=Relative(.3, steps=10)), EarlyStoppingCallback(patience=9)]
     if how == 'epoch': cbs += [Checkpoint(), Killed()]
     if how == 'saving': cbs += [Checkpoint()]; killed_while_saving()
     if how == 'resume': cbs += [Checkpoint()]

@@ -48,6 +48,7 @@ class HeadStart(nn.Module):
     def forward(self,
         x,  # images (B, 3, H, W), or features of both networks (B, 2·K, h, w)
     ):  # logits, (B, C, H, W) or (B, C, growth·(h - 1) + 1, ...)
+        "Logits at the size of the images, or `growth` times the size of the features."
         size = x.shape[-2:] if x.shape[1] == 3 else [self.growth * (side - 1) + 1 for side in x.shape[-2:]]
         return F.interpolate(self.small_logits(x), size, mode='bilinear', align_corners=True)
 

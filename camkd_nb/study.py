@@ -21,7 +21,7 @@ from torch import nn
 from . import __version__
 from .demo import Recipe, fit
 from .distill import Distill, save_whole
-from .losses import ClassAttention, Term, named_terms
+from .losses import ClassAttention, Term
 from .metrics import evaluate
 from .voc import voc_classes
 

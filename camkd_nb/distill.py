@@ -137,6 +137,7 @@ def before_fit(self: Distill):
     blending = next((type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
     if blending: raise TypeError(f'{blending} blends two images, and no mask says what is where: distil without it')
     self.distiller, self.trained, self.scores, self.warned = None, False, None, False
+    self.weights = {}  # name -> the weight of the last batch, which a schedule or `Relative` changes
     self.smooth = {name: AvgSmoothLoss(beta=self.beta) for name in self.terms}
 
 @patch
@@ -178,6 +179,7 @@ def after_loss(self: Distill):
     self._check_finite(values)
     for name, (value, weight) in values.items():
         self.learn.loss_grad = self.loss_grad + weight * value
+        self.weights[name] = weight
         self.smooth[name].accumulate(SimpleNamespace(loss=value))
     self.learn.loss = self.loss_grad.clone()
     if self.distiller.teacher_logits is not None and mask is not None: self._score(self.distiller.teacher_logits, mask)
@@ -208,13 +210,14 @@ class CAMDistill(Distill):
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage, printed
         weight=.03,  # float ≥ 0, a function: training progress 0 to 1 -> float ≥ 0, or `Relative`
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
-        max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present
+        max_classes=2,  # int, classes asked of each image and step, at random; None: all of `classes`
         method='gradcam',  # 'gradcam', 'hirescam', 'mask' or 'activation': the kind of map
         signed=False,  # bool, compare what speaks against a class too
         second_order=False,  # bool, differentiate the maps' weights too
+        classes='present',  # which classes are asked: those 'present' in the image, or 'any' of the network's, for `region='all'`
         show_teacher=False,  # bool, columns for the teacher's task loss and both networks' mean IoU on the training batches
     ):
-        super().__init__(teacher, ClassAttention(weight, layers, region, max_classes, method, signed, second_order), show_teacher)
+        super().__init__(teacher, ClassAttention(weight, layers, region, max_classes, method, signed, second_order, classes), show_teacher)
 
 # %% ../nbs/07_distill.ipynb #ce0c9288
 def save_whole(

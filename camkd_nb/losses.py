@@ -263,18 +263,21 @@ class ClassAttention(Term):
         weight=.03,  # float ≥ 0, a function of training progress, or `Relative`; chosen on the built-in data
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
-        max_classes=2,  # int, classes asked of each image and step, at random; None: all that are present
+        max_classes=2,  # int, classes asked of each image and step, at random; None: all of `classes`
         method='gradcam',  # one of `METHODS`: the kind of map
         signed=False,  # bool, compare what speaks against a class too: maps without their ReLU, by their correlation
         second_order=False,  # bool, differentiate the maps' weights too, so that the layers behind are taught as well
+        classes='present',  # which classes are asked: those 'present' in the image, or 'any' of the network's, for `region='all'`
     ):
         super().__init__(weight, layers)
         if method not in METHODS: raise ValueError(f'method={method!r}: choose one of {", ".join(map(repr, METHODS))}')
         if region not in ('label', 'predicted', 'all'): raise ValueError(f"region={region!r}: choose 'label', 'predicted' or 'all'")
         if max_classes is not None and max_classes < 1: raise ValueError(f'max_classes={max_classes}: give 1 or more, or None for all')
+        if classes not in ('present', 'any'): raise ValueError(f"classes={classes!r}: choose 'present' or 'any'")
+        if classes == 'any' and region != 'all': raise ValueError(f"classes='any' with region={region!r}: a class that is absent has no such region, give region='all'")
         if second_order and method not in GRADIENT_METHODS: raise ValueError(f'second_order=True with method={method!r}, whose weights are no gradients: leave it out, or choose one of {", ".join(map(repr, GRADIENT_METHODS))}')
         self.region, self.max_classes, self.method, self.calls = region, max_classes, method, 0
-        self.reads_maps, self.signed, self.second_order = method in GRADIENT_METHODS, signed, second_order
+        self.reads_maps, self.signed, self.second_order, self.classes = method in GRADIENT_METHODS, signed, second_order, classes
 
 # %% ../nbs/06_losses.ipynb #0652fd72
 @patch
@@ -298,7 +301,9 @@ def _asked(self: ClassAttention, step):
     logits = step.teacher.logits.detach()
     mask = logits.argmax(1) if step.mask is None else _mask_at(step.mask, logits.shape[-2:])
     self.calls += 1  # a generator of its own leaves the caller's random numbers alone: runs stay comparable
-    classes = asked_classes(None, mask, logits, self.max_classes, 'random', torch.Generator().manual_seed(self.calls))
+    generator = torch.Generator().manual_seed(self.calls)
+    if self.classes == 'any': classes = torch.rand(logits.shape[:2], generator=generator).argsort(1)[:, :self.max_classes].to(logits.device)
+    else: classes = asked_classes(None, mask, logits, self.max_classes, 'random', generator)
     return classes, region_masks(classes, logits, mask, self.region)
 
 @patch

@@ -150,14 +150,16 @@ def train(
     study,  # Study
     name,  # str, one of its methods
     seed,  # int
-):  # trained student, seconds, dict: name of a term -> its last smoothed value
+):  # trained student, seconds, dict: name of a term -> its last smoothed value; and its last weight
     "One training of a study."
     method = study.methods[name]
     set_seed(seed, reproducible=True)
     student = (method.new_student or study.new_student)()
     distill = [Distill(method.teacher or study.teacher, [copy(term) for term in method.terms])] if method.terms else []
     seconds = fit(student, study.recipe, seed, distill, f'{study.setting}, {name}, seed {seed}')
-    return student, seconds, {name: distill[0].value(name) for name in distill[0].terms} if distill else {}
+    if not distill: return student, seconds, {}
+    values, weights = {name: distill[0].value(name) for name in distill[0].terms}, distill[0].weights
+    return student, seconds, values | {f'{name} weight': weight for name, weight in weights.items()}
 
 # %% ../nbs/10_study.ipynb #9f0a57d5
 def row_of(

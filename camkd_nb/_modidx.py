@@ -334,6 +334,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'camkd_nb.study.Study.__post_init__': ('study.html#study.__post_init__', 'camkd_nb/study.py'),
                                 'camkd_nb.study._as_method': ('study.html#_as_method', 'camkd_nb/study.py'),
                                 'camkd_nb.study._check_one_setting': ('study.html#_check_one_setting', 'camkd_nb/study.py'),
+                                'camkd_nb.study._completed': ('study.html#_completed', 'camkd_nb/study.py'),
                                 'camkd_nb.study._described': ('study.html#_described', 'camkd_nb/study.py'),
                                 'camkd_nb.study._difference': ('study.html#_difference', 'camkd_nb/study.py'),
                                 'camkd_nb.study._todo': ('study.html#_todo', 'camkd_nb/study.py'),

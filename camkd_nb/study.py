@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'interval', 'append_row', 'read_runs', 'paired_gains', 'pl
            'row_of', 'options', 'run_study', 'ShuffledAttention']
 
 # %% ../nbs/10_study.ipynb #b6d6b894
-import csv, json
+import csv, inspect, json
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,9 +195,14 @@ def _todo(study, seeds):
     done = {(row.method, row.seed): json.loads(row.options) for row in runs[runs.setting == study.setting].itertuples()}
     for name in study.methods:
         kept = next((old for (method, _), old in done.items() if method == name), None)
-        if kept is not None and kept != options(study, name):
+        if kept is not None and _completed(kept, study.methods[name].terms) != options(study, name):
             raise ValueError(f'{study.file} has {name!r} with other options, {_difference(kept, options(study, name))}: give the method or the setting another name, or remove its rows')
     return [(name, seed) for seed in seeds for name in study.methods if (name, seed) not in done]
+
+def _completed(kept, terms):
+    "The options of a row, with today's defaults for those that its terms did not have yet."
+    defaults = [{key: _described(p.default) for key, p in inspect.signature(type(term)).parameters.items() if hasattr(term, key)} for term in terms]
+    return {**kept, 'terms': [{**{key: value for key, value in new.items() if key not in ('weight', 'layers')}, **old} for new, old in zip(defaults, kept['terms'])]} if len(terms) == len(kept['terms']) else kept
 
 def _difference(old, new):
     changed = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}

@@ -14,7 +14,7 @@ from fastai.optimizer import SGD
 from torch import nn
 
 from camkd_nb.distill import Checkpoint, Distill
-from camkd_nb.losses import AttentionTransfer, ClassAttention, PixelKD
+from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD, Relative
 from camkd_nb.metrics import SegLoss
 from camkd_nb.models import toy_student, toy_teacher
 
@@ -70,7 +70,8 @@ def main(out, unused, dies):
     dls = DataLoaders(DataLoader(data, bs=8 // world, shuffle=False), DataLoader(data[:8], bs=8 // world))
     teacher = toy_teacher(7).eval()
     torch.manual_seed(1)
-    terms = [ClassAttention(.5, region='label', max_classes=None, layers=['backbone.layer3', 'backbone.layer4']), PixelKD(.5), AttentionTransfer(.5, ['backbone.layer4'])]
+    terms = [ClassAttention(.5, region='label', max_classes=None, layers=['backbone.layer3', 'backbone.layer4']), PixelKD(.5), AttentionTransfer(.5, ['backbone.layer4']),
+             ChannelKD(Relative(.01, steps=3))]  # a fit that dies after two batches must go on measuring
     distill, batches = Distill(teacher, terms), OnEveryBatch()
     learn = Learner(dls, student, loss_func=SegLoss(), opt_func=SGD, lr=1e-3, path=Path(out).parent, cbs=[distill, batches])
     with learn.no_bar(), learn.no_logging():
@@ -80,7 +81,7 @@ def main(out, unused, dies):
             from accelerate import DistributedDataParallelKwargs
             handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
             with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=handlers): learn.fit(2, cbs=[Checkpoint(f'{Path(out).stem}.pth'), *([Dies()] if dies else [])])
-    torch.save(dict(parameters=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), losses=batches.seen,
+    torch.save(dict(weights=distill.weights, parameters=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), losses=batches.seen,
                     hooks=hooks(learn.model) + hooks(teacher), wrapped=type(learn.model).__name__, columns=[list(row) for row in learn.recorder.values]), f'{out}.{rank_distrib()}')
 
 

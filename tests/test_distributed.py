@@ -33,6 +33,7 @@ def test_two_processes_are_one(tmp_path, parameters):
     torchrun(tmp_path / 'two', parameters, 2)
     one, first, second = (torch.load(tmp_path / name) for name in ('one.0', 'two.0', 'two.1'))
     assert torch.equal(first['parameters'], second['parameters'])
+    assert first['weights'] == second['weights'] and 0 < first['weights']['channel_kd'] == pytest.approx(one['weights']['channel_kd'], rel=.02)
     # A term counts the classes of its own process that the teacher sees at all, hence not to the last bit.
     assert (first['parameters'] - one['parameters']).abs().max() < 1e-4
     joined = [(a + b) / 2 for a, b in zip(first['losses'], second['losses'])]

@@ -78,14 +78,14 @@ class _Report(Callback):
 
 class _HalfOnCPU(Callback):
     "What `to_bf16` does, which knows GPUs only."
-    order = 10  # after the terms have seen the loss
+    order, context = 10, None  # after the terms have seen the loss
     def before_batch(self):
         self.context = torch.autocast('cpu', torch.bfloat16)
         self.context.__enter__()
     def after_pred(self): self.learn.pred = to_float(self.pred)
     def after_loss(self): self._leave()
-    def after_batch(self): self._leave()  # where an exception came between
     def _leave(self):
+        "Autocast off, also after an exception."
         if self.context: self.context.__exit__(None, None, None)
         self.context = None
 
@@ -100,9 +100,13 @@ def fit(
     set_seed(seed, reproducible=True)
     dls = recipe.batches(seed)
     learn = Learner(dls, model.to(dls.device), loss_func=SegLoss(), cbs=_Report(label))
-    if recipe.amp: learn.add_cb(_HalfOnCPU()) if dls.device.type == 'cpu' else getattr(learn, f'to_{recipe.amp}')()
+    if recipe.amp == 'fp16' and dls.device.type == 'cpu': raise ValueError("amp='fp16' needs a GPU: give 'bf16', or leave it out, on a CPU")
+    half = _HalfOnCPU()
+    if recipe.amp: learn.add_cb(half) if dls.device.type == 'cpu' else getattr(learn, f'to_{recipe.amp}')()
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=list(cbs))
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=list(cbs))
+    finally: half._leave()
     return time.perf_counter() - start
 
 # %% ../nbs/09_demo.ipynb #d14e2fe3

@@ -131,12 +131,15 @@ def columns(self: Distill):  # dict: name -> float
     shown = (self.scores.values() if self.scores else none) if self.show_teacher else {}
     return {**{name: self.value(name) for name in self.terms}, **shown}
 
+_FRESH = {'calls': 0, 'pulls': (0, 0., 0.)}  # what a term counts during a fit
+
 @patch
 def before_fit(self: Distill):
     "Forget the last fit."
     blending = next((type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
     if blending: raise TypeError(f'{blending} blends two images, and no mask says what is where: distil without it')
     self.distiller, self.trained, self.scores, self.warned = None, False, None, False
+    for term in self.terms.values(): vars(term).update({key: value for key, value in _FRESH.items() if hasattr(term, key)})
     self.weights = {}  # name -> the weight of the last batch, which a schedule or `Relative` changes
     self.smooth = {name: AvgSmoothLoss(beta=self.beta) for name in self.terms}
 
@@ -176,6 +179,7 @@ def after_loss(self: Distill):
     "Add Σ λ·term to the loss that is optimised and to the one that is recorded."
     x, mask = self.xb[0].as_subclass(Tensor), self.yb[0].as_subclass(Tensor) if len(self.yb) else None
     values = self.distiller(x, mask, self.pred, self.pct_train, self.loss_grad)
+    self.weights = dict.fromkeys(self.terms, 0.)
     self._check_finite(values)
     for name, (value, weight) in values.items():
         self.learn.loss_grad = self.loss_grad + weight * value
@@ -269,7 +273,7 @@ def _callbacks_state(learn):
     "What callbacks must remember: the best values of trackers, the recorder's lines, the terms' counters."
     kept = {type(cb).__name__: _plain({k: v for k, v in vars(cb).items() if k in _TRACKED}) for cb in learn.cbs}
     kept['meters'] = {name: [meter.count, float(meter.val)] for name, meter in _meters(learn).items()}
-    kept['terms'] = {name: _plain({k: vars(term)[k] for k in ('calls', 'pulls') if k in vars(term)}) for name, term in _terms(learn).items()}
+    kept['terms'] = {name: _plain({k: vars(term)[k] for k in _FRESH if k in vars(term)}) for name, term in _terms(learn).items()}
     return kept
 
 def _meters(learn): return {'loss': learn.recorder.smooth_loss, **(learn.distill.smooth if hasattr(learn, 'distill') else {})}
@@ -292,10 +296,11 @@ def _fit_state(learn):
     return dict(epoch=learn.epoch, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=unwrapped(learn.model).state_dict(),
                 opt=_plain(learn.opt.state_dict()), scaler=scaler.state_dict() if scaler else {}, callbacks=_callbacks_state(learn),
                 passes=[getattr(dl, 'passes', 0) for dl in _loaders(learn)],
-                random=[random.getstate(), [legacy[0], legacy[1].tolist(), *legacy[2:]], torch.get_rng_state()])
+                random=[random.getstate(), [legacy[0], legacy[1].tolist(), *legacy[2:]], torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])])
 
 def _restore(learn, state):
     opt, kept = state['opt'], state['callbacks']
+    if set(kept['terms']) != set(_terms(learn)): raise ValueError(f"the fit that was killed had the terms {', '.join(kept['terms']) or 'none'}, this one has {', '.join(_terms(learn)) or 'none'}: use the same, or remove the checkpoint")
     unwrapped(learn.model).load_state_dict(state['model'])
     learn.opt.load_state_dict({**opt, 'hypers': L(opt['hypers'])} if 'hypers' in opt else opt)
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
@@ -305,7 +310,8 @@ def _restore(learn, state):
     for dl, passes in zip(_loaders(learn), state['passes']): dl.passes = passes
     learn.train_iter = state['train_iter']
     if num_distrib() > 1: return  # every process has random numbers of its own
-    python, legacy, torch_state = state['random']
+    python, legacy, torch_state, *cuda = state['random']
+    if cuda and len(cuda) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([one.cpu() for one in cuda])
     random.setstate((python[0], tuple(python[1]), python[2])), np.random.set_state(tuple(legacy)), torch.set_rng_state(torch_state.cpu())
 
 # %% ../nbs/07_distill.ipynb #009977e6
@@ -314,10 +320,10 @@ def before_fit(self: Checkpoint):
     "Go on where a killed fit left off, if there is one."
     self.run, self.start = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds'), 0
     if not self.run: return
-    self.file = self.learn.path / self.learn.model_dir / self.file
-    self.file.parent.mkdir(parents=True, exist_ok=True)
-    if not self.file.exists(): return
-    state = torch.load(self.file, map_location=next(self.model.parameters()).device, weights_only=True)
+    self.where = self.learn.path / self.learn.model_dir / self.file
+    self.where.parent.mkdir(parents=True, exist_ok=True)
+    if not self.where.exists(): return
+    state = torch.load(self.where, map_location=next(self.model.parameters()).device, weights_only=True)
     if state['n_epoch'] != self.n_epoch:
         raise ValueError(f"{self.file.name} is of a fit of {state['n_epoch']} epochs, this one has {self.n_epoch}: fit as many, or give another file, or remove it")
     _restore(self.learn, state)
@@ -326,10 +332,10 @@ def before_fit(self: Checkpoint):
 
 @patch
 def after_epoch(self: Checkpoint):
-    if not rank_distrib(): save_whole(_fit_state(self.learn), self.file)
+    if not rank_distrib(): save_whole(_fit_state(self.learn), self.where)
 
 @patch
 def after_fit(self: Checkpoint):
     "The fit is over: nothing to go on with."
-    if self.run and not rank_distrib(): self.file.unlink(missing_ok=True)
+    if self.run and not rank_distrib(): self.where.unlink(missing_ok=True)
     self.run = True

@@ -430,10 +430,11 @@ def _worth(term, step, value, task):
     if term.relative is None: return 1.
     if task is None: raise ValueError(f'{term.name} has a relative weight: give the task loss, as in distiller(x, mask, output, task=loss)')
     batches, ours, own = term.pulls
-    if batches < term.relative.steps and value.requires_grad:
+    if batches < term.relative.steps:
         at = [step.student.activations[name] for name in term.layers] or [step.student.logits]
-        both = _over_processes(torch.tensor([pull(task, at), pull(value, at)], device=value.device)).tolist()
-        term.pulls = batches, ours, own = batches + 1, ours + both[0], own + both[1]
+        both = [pull(task, at), pull(value, at)] if value.requires_grad else [0., 0.]  # a batch that asks for nothing
+        both = _over_processes(torch.tensor(both, device=value.device)).tolist()
+        if both[1] and all(map(math.isfinite, both)): term.pulls = batches, ours, own = batches + 1, ours + both[0], own + both[1]
     return ours / own if own else 0.
 
 def _over_processes(values):

@@ -6,8 +6,9 @@
 __all__ = ['HeadStart', 'fill_pool', 'Crops', 'PoolRecipe', 'evaluate_pool']
 
 # %% ../nbs/11_pool.ipynb #433df33c
-import random
+import hashlib, random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,16 +69,29 @@ def fill_pool(
     n=8,  # int, augmented crops of each image
 ):  # Path
     "Augment all images of a recipe, and keep what both stems make of them."
-    file = Path(file)
-    if file.exists(): return file
+    file, made = Path(file), {'n': n, 'size': recipe.size, 'resize': recipe.resize, 'scale': list(recipe.scale), 'stems': [_mark(student.stem), _mark(teacher.stem)]}
+    if file.exists():
+        found = torch.load(file, weights_only=True, mmap=True).get('made')
+        if found != made: raise ValueError(f'{file.name} was made otherwise: {found} where now it is {made}: remove it, or give another file')
+        return file
     if (recipe.size - 1) % student.growth: raise ValueError(f'size={recipe.size}: crops need a side of {student.growth}·k + 1, such as {recipe.size // student.growth * student.growth + 1}')
-    stems = lambda x: torch.cat([student.stem(x), teacher.stem(x)], 1).half().cpu()
+    device = next(student.parameters()).device
+    stems = partial(_both_stems, student, teacher.to(device), device)
     with torch.no_grad():
         passes = [_one_pass(recipe, seed, stems, student.growth) for seed in range(n)]
         valid = [(stems(network_input(read_image(image), None, torch.zeros(()))), torch.tensor(read_mask(mask))) for image, mask in voc_items(recipe.tree, 'val')]
     x, mask = (torch.stack(parts) for parts in zip(*passes))
-    save_whole({'x': x, 'mask': mask, 'valid': valid}, file)
+    save_whole({'x': x, 'mask': mask, 'valid': valid, 'made': made}, file)
     return file
+
+def _mark(stem):
+    "A hash of all weights and statistics."
+    return hashlib.sha256(b''.join(t.cpu().numpy().tobytes() for t in stem.state_dict().values())).hexdigest()[:12]
+
+def _both_stems(student, teacher, device, x):
+    ours, theirs = student.stem(x.to(device)), teacher.stem(x.to(device))
+    if ours.shape != theirs.shape: raise ValueError(f"the student's stem gives features {tuple(ours.shape[1:])} and the teacher's {tuple(theirs.shape[1:])}: cut both where they give one shape")
+    return torch.cat([ours, theirs], 1).half().cpu()
 
 def _one_pass(recipe, seed, stems, growth):
     "Features (N, 2·K, h, w) and thinned masks of one augmented crop of each training image."
@@ -85,7 +99,8 @@ def _one_pass(recipe, seed, stems, growth):
     parts = []
     for x, mask in loader:
         features = stems(x.as_subclass(Tensor))
-        step = (mask.shape[-1] - 1) // (growth * (features.shape[-1] - 1))
+        step, rest = divmod(mask.shape[-1] - 1, growth * (features.shape[-1] - 1))
+        if rest or not step: raise ValueError(f'crops of {mask.shape[-1]} pixels and features of {features.shape[-1]} with growth={growth}: the logits fall between pixels, choose another size')
         parts.append((features, mask.as_subclass(Tensor)[:, ::step, ::step].to(torch.uint8).cpu()))
     return [torch.cat(of) for of in zip(*parts)]
 
@@ -98,6 +113,7 @@ class Crops(torch.utils.data.Dataset):
     ):
         self.x, self.mask = pool['x'], pool['mask']
         images = range(self.x.shape[1])
+        if n_train is not None and not 1 <= n_train <= len(images): raise ValueError(f'n_train={n_train}: the pool has {len(images)} images')
         self.images = list(images) if n_train is None else random.Random(0).sample(images, len(images))[:n_train]
 
     def __len__(self): return len(self.images)
@@ -131,7 +147,8 @@ def evaluate_pool(
     recipe,  # PoolRecipe
 ):  # Evaluation
     "What `evaluate` computes on the validation split, from the pool's features."
-    names = voc_classes(recipe.tree)
+    names, made = voc_classes(recipe.tree), recipe.contents().get('made')
+    if made and made['stems'][model.half] != _mark(model.stem): raise ValueError('the pool was made with another stem than this network has: fill one with its own, and let all students share their first blocks')
     confusion, device, training = ConfusionMatrix(len(names)), next(model.parameters()).device, model.training
     model.eval()
     try:

@@ -21,7 +21,7 @@ from torch import nn
 from . import __version__
 from .demo import Recipe, fit
 from .distill import Distill, save_whole
-from .losses import ClassAttention, Term
+from .losses import ClassAttention, Relative, Term
 from .metrics import evaluate
 from .voc import voc_classes
 
@@ -59,7 +59,7 @@ def read_runs(
     "The trainings that a file keeps."
     runs = pd.read_csv(file, keep_default_na=False, dtype={'setting': str, 'method': str}) if Path(file).exists() else pd.DataFrame(columns=COLUMNS)
     missing = [name for name in COLUMNS[:6] if name not in runs]
-    if missing: raise ValueError(f'{file} has no column {missing[0]!r}: give a file that `Study.run` wrote')
+    if missing: raise ValueError(f'{file} has no column {missing[0]!r}: give a file that `run_study` wrote')
     runs = runs.astype({'miou': float, 'seconds': float, 'seed': int})
     if setting is None: return runs
     if len(runs) and setting not in set(runs.setting): raise ValueError(f'{file} holds no setting {setting!r}: choose one of {", ".join(map(repr, runs.setting.unique()))}')
@@ -92,7 +92,7 @@ def plot_gains(
     baseline='none',  # str, the method to compare with
     ax=None,  # matplotlib Axes; None: a new figure
 ):  # Axes
-    "Each seed's gain as a dot, the mean and its 95 % interval as a bar; a line ties the methods of one seed."
+    "Each seed's gain as a dot, the mean and its 95 % interval as a bar."
     table = paired_gains(runs, baseline).drop(index=baseline)
     if ax is None: ax = plt.subplots(figsize=(6, .6 + .32 * len(table)), dpi=90, layout='constrained')[1]
     scores = runs.pivot(index='seed', columns='method', values='miou') * 100
@@ -111,12 +111,15 @@ class Method:
     teacher: nn.Module = None  # None: the study's
     new_student: Callable = None  # function without arguments; None: the study's
 
+    def __post_init__(self): self.terms = [self.terms] if isinstance(self.terms, Term) else list(self.terms)
+
 def _as_method(given):
     if isinstance(given, Method): return given
-    return Method([given] if isinstance(given, Term) else list(given))
+    return Method(given)
 
 # %% ../nbs/10_study.ipynb #5cf797db
 def _described(value):
+    if isinstance(value, nn.Module): return type(value).__name__
     if callable(value) and not isinstance(value, type): return [round(float(value(p)), 6) for p in (0., .25, .5, .75, 1.)]
     if isinstance(value, Term): return describe(value)
     if isinstance(value, (list, tuple)): return list(value)
@@ -128,6 +131,7 @@ def describe(
     "A term's class and its options."
     shown = {name: _described(value) for name, value in vars(term).items() if name not in ('calls', 'reads_maps', 'relative', 'pulls')}
     if term.relative: shown['relative weight'] = shown.pop('weight')
+    if term.relative and term.relative.steps != Relative.steps: shown['relative steps'] = term.relative.steps
     return {'class': type(term).__name__, **shown}
 
 # %% ../nbs/10_study.ipynb #3aaa7a8b
@@ -190,14 +194,17 @@ def options(
     return json.loads(json.dumps({'recipe': {**recipe, 'tree': Path(study.recipe.tree).name, 'device': None}, 'parameters': sizes, 'terms': [describe(term) for term in method.terms]}))
 
 # %% ../nbs/10_study.ipynb #86ab0aee
-def _todo(study, seeds):
+def _todo(study, seeds, part=(0, 1)):
+    if not 0 <= part[0] < part[1]: raise ValueError(f'part={part}: give (i, n) with 0 <= i < n, such as (0, 2) and (1, 2)')
+    for name in study.methods: options(study, name)  # what cannot be described fails before anything is trained
     runs = read_runs(study.file)
     done = {(row.method, row.seed): json.loads(row.options) for row in runs[runs.setting == study.setting].itertuples()}
     for name in study.methods:
         kept = next((old for (method, _), old in done.items() if method == name), None)
         if kept is not None and _completed(kept, study.methods[name].terms) != options(study, name):
             raise ValueError(f'{study.file} has {name!r} with other options, {_difference(kept, options(study, name))}: give the method or the setting another name, or remove its rows')
-    return [(name, seed) for seed in seeds for name in study.methods if (name, seed) not in done]
+    grid = [(name, seed) for seed in seeds for name in study.methods]
+    return [one for one in grid[part[0]::part[1]] if one not in done]
 
 def _completed(kept, terms):
     "The options of a row, with today's defaults for those that its terms did not have yet."
@@ -211,20 +218,20 @@ def _difference(old, new):
 def run_study(
     study,  # Study
     seeds,  # iterable of int
-    part=(0, 1),  # (i, n): every n-th of the trainings that are left, from the i-th on
+    part=(0, 1),  # (i, n): every n-th training of the grid, from the i-th on
     keep=None,  # folder for the state dicts of the trained students; None: they are not kept
 ):  # DataFrame, all rows of the setting
     "Train what the file does not have yet; stop it when you like, and call it again."
-    for name, seed in _todo(study, seeds)[part[0]::part[1]]:
+    for name, seed in _todo(study, seeds, part):
         student, seconds, terms = train(study, name, seed)
         if keep is not None:
             Path(keep).mkdir(parents=True, exist_ok=True)
-            save_whole(student.cpu().state_dict(), Path(keep) / f'{study.setting}, {name}, {seed}.pth')
+            save_whole({key: value.cpu() for key, value in student.state_dict().items()}, Path(keep) / f'{study.setting}, {name}, {seed}.pth'.replace('/', '-'))
         append_row(study.file, row_of(study, name, seed, student, seconds, terms))
     return read_runs(study.file, study.setting)
 
 # %% ../nbs/10_study.ipynb #92be2610
 class ShuffledAttention(ClassAttention):
-    "A control: class attention with the maps of the next image of the batch."
+    "A control: class attention with the maps of the image before it in the batch."
     def _taught(self, step, classes, regions):
         return {name: maps.roll(1, 0) for name, maps in super()._taught(step, classes, regions).items()}

@@ -66,6 +66,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'camkd_nb.demo.Recipe': ('demo.html#recipe', 'camkd_nb/demo.py'),
                                'camkd_nb.demo.Recipe.__post_init__': ('demo.html#recipe.__post_init__', 'camkd_nb/demo.py'),
                                'camkd_nb.demo.Recipe.batches': ('demo.html#recipe.batches', 'camkd_nb/demo.py'),
+                               'camkd_nb.demo.Recipe.check_device': ('demo.html#recipe.check_device', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._HalfOnCPU': ('demo.html#_halfoncpu', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._HalfOnCPU._leave': ('demo.html#_halfoncpu._leave', 'camkd_nb/demo.py'),
                                'camkd_nb.demo._HalfOnCPU.after_loss': ('demo.html#_halfoncpu.after_loss', 'camkd_nb/demo.py'),

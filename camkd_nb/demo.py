@@ -58,8 +58,14 @@ class Recipe:
         bs = min(self.bs, self.n_train or self.bs)
         dls = voc_dls(self.tree, size=self.size, bs=bs, train=self.train, resize=self.resize, scale=self.scale, seed=seed, n_train=self.n_train)
         dls = dls.to(torch.device(self.device) if self.device else default_device())
-        if self.amp == 'fp16' and dls.device.type == 'cpu': raise ValueError("amp='fp16' needs a GPU: give 'bf16', or leave it out, on a CPU")
+        self.check_device(dls.device)
         return dls
+
+    def check_device(self,
+        device,  # torch.device, of the batches
+    ):
+        "Raise where the recipe's precision is not to be had."
+        if self.amp == 'fp16' and device.type == 'cpu': raise ValueError("amp='fp16' needs a GPU: give 'bf16', or leave it out, on a CPU")
 
 # %% ../nbs/09_demo.ipynb #4f3aa235
 class _Report(Callback):
@@ -80,6 +86,7 @@ class _HalfOnCPU(Callback):
     "What `to_bf16` does, which knows GPUs only."
     order, context = 10, None  # after the terms have seen the loss
     def before_batch(self):
+        "Autocast on."
         self.context = torch.autocast('cpu', torch.bfloat16)
         self.context.__enter__()
     def after_pred(self): self.learn.pred = to_float(self.pred)
@@ -100,7 +107,6 @@ def fit(
     set_seed(seed, reproducible=True)
     dls = recipe.batches(seed)
     learn = Learner(dls, model.to(dls.device), loss_func=SegLoss(), cbs=_Report(label))
-    if recipe.amp == 'fp16' and dls.device.type == 'cpu': raise ValueError("amp='fp16' needs a GPU: give 'bf16', or leave it out, on a CPU")
     half = _HalfOnCPU()
     if recipe.amp: learn.add_cb(half) if dls.device.type == 'cpu' else getattr(learn, f'to_{recipe.amp}')()
     start = time.perf_counter()

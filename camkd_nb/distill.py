@@ -179,11 +179,10 @@ def after_loss(self: Distill):
     "Add Σ λ·term to the loss that is optimised and to the one that is recorded."
     x, mask = self.xb[0].as_subclass(Tensor), self.yb[0].as_subclass(Tensor) if len(self.yb) else None
     values = self.distiller(x, mask, self.pred, self.pct_train, self.loss_grad)
-    self.weights = dict.fromkeys(self.terms, 0.)
+    self.weights = dict.fromkeys(self.terms, 0.) | {name: weight for name, (_, weight) in values.items()}
     self._check_finite(values)
     for name, (value, weight) in values.items():
         self.learn.loss_grad = self.loss_grad + weight * value
-        self.weights[name] = weight
         self.smooth[name].accumulate(SimpleNamespace(loss=value))
     self.learn.loss = self.loss_grad.clone()
     if self.distiller.teacher_logits is not None and mask is not None: self._score(self.distiller.teacher_logits, mask)

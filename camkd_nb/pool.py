@@ -17,7 +17,8 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from torch import Tensor, nn
 
-from .data import SeededDL
+from .attention import eval_mode
+from .data import SeededDL, _training_items
 from .demo import Recipe
 from .distill import save_whole
 from .metrics import ConfusionMatrix, Evaluation, network_input
@@ -114,7 +115,7 @@ class Crops(torch.utils.data.Dataset):
         self.x, self.mask = pool['x'], pool['mask']
         images = range(self.x.shape[1])
         if n_train is not None and not 1 <= n_train <= len(images): raise ValueError(f'n_train={n_train}: the pool has {len(images)} images')
-        self.images = list(images) if n_train is None else random.Random(0).sample(images, len(images))[:n_train]
+        self.images = _training_items(list(images), 1, n_train)  # those that `voc_dls` would take
 
     def __len__(self): return len(self.images)
     def __getitem__(self, i):
@@ -138,7 +139,9 @@ class PoolRecipe(Recipe):
         "Training batches of features, (B, 2·K, h, w), and masks; there is nothing to validate on between epochs."
         crops = Crops(self.contents(), self.n_train)
         train = SeededDL(crops, bs=min(self.bs, len(crops)), shuffle=True, drop_last=True, seed=seed, num_workers=0)
-        return DataLoaders(train, train.new(shuffle=False), device=torch.device(self.device) if self.device else default_device())
+        device = torch.device(self.device) if self.device else default_device()
+        self.check_device(device)
+        return DataLoaders(train, train.new(shuffle=False), device=device)
 
 # %% ../nbs/11_pool.ipynb #db81ea43
 @torch.no_grad()
@@ -149,11 +152,9 @@ def evaluate_pool(
     "What `evaluate` computes on the validation split, from the pool's features."
     names, made = voc_classes(recipe.tree), recipe.contents().get('made')
     if made and made['stems'][model.half] != _mark(model.stem): raise ValueError('the pool was made with another stem than this network has: fill one with its own, and let all students share their first blocks')
-    confusion, device, training = ConfusionMatrix(len(names)), next(model.parameters()).device, model.training
-    model.eval()
-    try:
+    confusion, device = ConfusionMatrix(len(names)), next(model.parameters()).device
+    with eval_mode(model):
         for x, mask in recipe.contents()['valid']:
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(recipe.amp)): logits = model.small_logits(x.to(device).float())
             confusion.update(F.interpolate(logits.float(), mask.shape, mode='bilinear', align_corners=True), mask[None].to(device))
-    finally: model.train(training)
     return Evaluation(confusion.miou(), confusion.pixel_accuracy(), confusion.table(names), confusion.matrix.cpu())

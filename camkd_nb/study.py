@@ -196,13 +196,13 @@ def options(
 # %% ../nbs/10_study.ipynb #86ab0aee
 def _todo(study, seeds, part=(0, 1)):
     if not 0 <= part[0] < part[1]: raise ValueError(f'part={part}: give (i, n) with 0 <= i < n, such as (0, 2) and (1, 2)')
-    for name in study.methods: options(study, name)  # what cannot be described fails before anything is trained
+    wanted = {name: options(study, name) for name in study.methods}  # what cannot be described fails before anything is trained
     runs = read_runs(study.file)
     done = {(row.method, row.seed): json.loads(row.options) for row in runs[runs.setting == study.setting].itertuples()}
     for name in study.methods:
         kept = next((old for (method, _), old in done.items() if method == name), None)
-        if kept is not None and _completed(kept, study.methods[name].terms) != options(study, name):
-            raise ValueError(f'{study.file} has {name!r} with other options, {_difference(kept, options(study, name))}: give the method or the setting another name, or remove its rows')
+        if kept is not None and _completed(kept, study.methods[name].terms) != wanted[name]:
+            raise ValueError(f'{study.file} has {name!r} with other options, {_difference(kept, wanted[name])}: give the method or the setting another name, or remove its rows')
     grid = [(name, seed) for seed in seeds for name in study.methods]
     return [one for one in grid[part[0]::part[1]] if one not in done]
 

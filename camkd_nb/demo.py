@@ -25,7 +25,7 @@ from torch import nn
 from .attention import eval_mode
 from .data import voc_dls
 from .distill import CAMDistill, save_whole
-from .explore import show_attention
+from .figures import show_attention
 from .losses import ClassAttention, match_layers
 from .metrics import ConfusionMatrix, SegLoss, evaluate
 from .models import build_model, deeplabv3_mobilenetv2_voc, logits_of, toy_teacher, voc_teacher

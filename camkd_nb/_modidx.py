@@ -158,6 +158,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'camkd_nb/explore.py'),
                                   'camkd_nb.explore.AttentionExplorer._predicted': ( 'explore.html#attentionexplorer._predicted',
                                                                                      'camkd_nb/explore.py'),
+                                  'camkd_nb.explore.AttentionExplorer._repr_mimebundle_': ( 'explore.html#attentionexplorer._repr_mimebundle_',
+                                                                                            'camkd_nb/explore.py'),
                                   'camkd_nb.explore.AttentionExplorer._save': ( 'explore.html#attentionexplorer._save',
                                                                                 'camkd_nb/explore.py'),
                                   'camkd_nb.explore.AttentionExplorer._say': ('explore.html#attentionexplorer._say', 'camkd_nb/explore.py'),

@@ -6,8 +6,9 @@
 __all__ = ['SIDE', 'GAP', 'TITLE', 'HEAD', 'FOOT', 'BAR', 'draw_board', 'layer_choices', 'class_choices', 'AttentionExplorer',
            'save_new', 'Follow']
 
-# %% ../nbs/12_explore.ipynb #6691afa9
+# %% ../nbs/12_explore.ipynb #7a2f6aae
 import time
+from base64 import b64encode
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +25,7 @@ from .figures import Page, checked_input, class_iou, class_legend, draw_panel, l
 from .losses import last_stages, map_distance, unwrapped
 from .voc import VOC_CLASSES, VOID
 
-# %% ../nbs/12_explore.ipynb #dcf96ef5
+# %% ../nbs/12_explore.ipynb #4e3c877b
 SIDE, GAP, TITLE, HEAD, FOOT, BAR = 1.9, .12, .34, .34, .4, .9  # inches
 
 def _board(n, aspect):
@@ -36,7 +37,7 @@ def _board(n, aspect):
     axes = [[place(GAP + j * (SIDE + GAP), bottom, SIDE, SIDE * aspect) for j in range(n)] for bottom in bottoms]
     return fig, axes, place(width - BAR + .05, FOOT + .05 * SIDE, .12, .9 * SIDE * aspect)
 
-# %% ../nbs/12_explore.ipynb #733ed11f
+# %% ../nbs/12_explore.ipynb #925e58fe
 def draw_board(
     columns,  # list, a column each: heading, upper panel, lower panel; a panel is a picture (H, W, 3), a title and a region to outline or None; None: left empty
     masks,  # list of int tensors (H, W), whose classes are named below
@@ -54,7 +55,7 @@ def draw_board(
     class_legend(fig, masks, vocab)
     return fig
 
-# %% ../nbs/12_explore.ipynb #cb991a50
+# %% ../nbs/12_explore.ipynb #b2796fde
 def _stages(model, most=4):
     "Up to `most` ends of stages, the last first."
     for n in range(most, 1, -1):
@@ -73,7 +74,7 @@ def layer_choices(
     if not paths: raise ValueError('layers is empty: give at least one dotted path, or None for the last stages')
     return {' / '.join(dict.fromkeys(choice.values())): choice for choice in paths}
 
-# %% ../nbs/12_explore.ipynb #2e6ccd04
+# %% ../nbs/12_explore.ipynb #f222a354
 def class_choices(
     mask,  # int tensor (H, W)
     vocab,  # class names
@@ -84,13 +85,13 @@ def class_choices(
     order = sorted(range(len(vocab)), key=lambda c: (counts[c] == 0, c == 0, -counts[c], c))
     return [(vocab[c] if counts[c] else f'{vocab[c]} ({absent})', c) for c in order]
 
-# %% ../nbs/12_explore.ipynb #a11db9e2
+# %% ../nbs/12_explore.ipynb #aae689f4
 def _state_mark(model):
     "Changes when a parameter or a statistic is replaced or changed in place."
     tensors = [*model.parameters(), *model.buffers()]
     return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
 
-# %% ../nbs/12_explore.ipynb #f40dfa3d
+# %% ../nbs/12_explore.ipynb #d576550b
 class AttentionExplorer(widgets.VBox):
     "Controls around one picture: what teacher and students answer, and where they look for a class. Display it as the last value of a cell."
     def __init__(self,
@@ -115,7 +116,7 @@ class AttentionExplorer(widgets.VBox):
         like = next(model.parameters(), self.x)
         with torch.no_grad(): return map_forward(model, self.x[:1].to(like.device, like.dtype), paths, start_graph=False)[0].shape[-2:]
 
-# %% ../nbs/12_explore.ipynb #b4ba15fc
+# %% ../nbs/12_explore.ipynb #f53fec26
 @patch
 def _make_controls(self: AttentionExplorer):
     "Make the controls, and return the box's rows."
@@ -135,9 +136,9 @@ def _make_controls(self: AttentionExplorer):
     for control in (self.asked, self.layer, self.method, self.region, self.opacity, self.row, self.column): control.observe(self._update, 'value')
     self.save.on_click(self._save)
     rows = [[self.image, self.asked, self.layer], [self.method, self.region, self.opacity]]
-    return [*map(widgets.HBox, rows), self.pixel, self.view, self.message, widgets.HBox([self.file, self.save])]
+    return [*map(widgets.HBox, rows), self.pixel, self.message, self.view, widgets.HBox([self.file, self.save])]
 
-# %% ../nbs/12_explore.ipynb #95d9a8f1
+# %% ../nbs/12_explore.ipynb #92f1ccde
 @patch
 def _answer(self: AttentionExplorer, name, compute, *question):
     "What `compute` gives, remembered as long as the network stays as it is."
@@ -168,7 +169,7 @@ def _marked(self: AttentionExplorer, name):
     region[0, self.row.value * h // height, self.column.value * w // width] = True
     return region
 
-# %% ../nbs/12_explore.ipynb #8b7ddd5a
+# %% ../nbs/12_explore.ipynb #365e157a
 @patch
 def _column(self: AttentionExplorer, name, first):
     "Heading, prediction and map of one network."
@@ -201,7 +202,7 @@ def _draw(self: AttentionExplorer):
     if self.note: fig.text(.995, .99, self.note, ha='right', va='top', fontsize=8)
     return fig
 
-# %% ../nbs/12_explore.ipynb #f6e7f0f7
+# %% ../nbs/12_explore.ipynb #3d29d03e
 @patch
 def _say(self: AttentionExplorer, text, wrong=False):
     self.message.value = f'<span style="color: {"#b00020" if wrong else "inherit"}">{escape(text)}</span>'
@@ -213,14 +214,14 @@ def _update(self: AttentionExplorer, change=None):
     self.pixel.layout.display = None if self.region.value == 'pixel' else 'none'
     try:
         self.figure = self._draw()
-        self.figure.savefig(buffer := BytesIO(), format='png')
+        self.figure.savefig(buffer := BytesIO(), format='png', pil_kwargs=dict(compress_level=1))
     except Exception as error:
         self.view.layout.visibility = 'hidden'
         return self._say(str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}', wrong=True)
     self.view.value, self.view.layout.visibility = buffer.getvalue(), 'visible'
     self._say(f'{self.vocab[self.asked.value]} in image {self.image.value}, {self.layer.value}, {self.method.value}, {self.region.value}: {1000 * (time.perf_counter() - start):.0f} ms')
 
-# %% ../nbs/12_explore.ipynb #a2de6bdd
+# %% ../nbs/12_explore.ipynb #a13cd948
 @patch
 def _offer_classes(self: AttentionExplorer, change=None):
     "Fill the menu of classes for the image, and draw."
@@ -232,7 +233,7 @@ def _offer_classes(self: AttentionExplorer, change=None):
     self.asked.observe(self._update, 'value')
     self._update()
 
-# %% ../nbs/12_explore.ipynb #c9415237
+# %% ../nbs/12_explore.ipynb #bb678892
 @patch
 def _save(self: AttentionExplorer, button=None):
     "Write the figure to the file named beside the button."
@@ -256,7 +257,7 @@ def save_new(
         return target
     raise FileExistsError(f'{file.name} and 9998 numbered files exist: give another name')
 
-# %% ../nbs/12_explore.ipynb #219e837d
+# %% ../nbs/12_explore.ipynb #db527c30
 @patch
 def refresh(self: AttentionExplorer,
     note='',  # str, a remark at the upper right
@@ -279,7 +280,13 @@ def close(self: AttentionExplorer):
 
 def _inside(box): return [each for child in box.children for each in ([child] + (_inside(child) if isinstance(child, widgets.Box) else []))]
 
-# %% ../nbs/12_explore.ipynb #7fc7dfef
+# %% ../nbs/12_explore.ipynb #f765eb30
+@patch
+def _repr_mimebundle_(self: AttentionExplorer, **options):
+    "The widget, and its picture for pages without a kernel."
+    return {**widgets.VBox._repr_mimebundle_(self, **options), 'image/png': b64encode(self.view.value).decode()}
+
+# %% ../nbs/12_explore.ipynb #52d5da85
 class Follow(Callback):
     "Redraws an explorer after each epoch of a fit; on the first of several processes."
     order = 72  # after the recorder and what keeps the best model

@@ -211,12 +211,12 @@ class CAMDistill(Distill):
     def __init__(self,
         teacher: nn.Module,  # the trained network
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage, printed
-        weight=.03,  # float ≥ 0, a function: training progress 0 to 1 -> float ≥ 0, or `Relative`
+        weight=.2,  # float ≥ 0, a function: training progress 0 to 1 -> float ≥ 0, or `Relative`
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all of `classes`
         method='gradcam',  # 'gradcam', 'hirescam', 'mask' or 'activation': the kind of map
-        signed=False,  # bool, compare what speaks against a class too
-        second_order=False,  # bool, differentiate the maps' weights too
+        signed=True,  # bool, compare what speaks against a class too: maps without their ReLU
+        second_order=True,  # bool, differentiate the maps' weights too, which teaches the layers behind
         classes='present',  # which classes are asked: those 'present' in the image, or 'any' of the network's, for `region='all'`
         show_teacher=False,  # bool, columns for the teacher's task loss and both networks' mean IoU on the training batches
     ):

@@ -260,13 +260,13 @@ class ClassAttention(Term):
     distance = staticmethod(map_distance)  # (B, k, h, w), (B, k, h', w'), mask, centred -> (B, k); a subclass may have another
 
     def __init__(self,
-        weight=.03,  # float ≥ 0, a function of training progress, or `Relative`; chosen on the built-in data
+        weight=.2,  # float ≥ 0, a function of training progress, or `Relative`
         layers=None,  # dict student path -> teacher path; list, the same paths in both; None: the last stage
         region='label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
         max_classes=2,  # int, classes asked of each image and step, at random; None: all of `classes`
         method='gradcam',  # one of `METHODS`: the kind of map
-        signed=False,  # bool, compare what speaks against a class too: maps without their ReLU, by their correlation
-        second_order=False,  # bool, differentiate the maps' weights too, so that the layers behind are taught as well
+        signed=True,  # bool, compare what speaks against a class too: maps without their ReLU, by their correlation
+        second_order=True,  # bool, differentiate gradients that are the maps' weights, so that the layers behind are taught as well
         classes='present',  # which classes are asked: those 'present' in the image, or 'any' of the network's, for `region='all'`
     ):
         super().__init__(weight, layers)
@@ -275,7 +275,6 @@ class ClassAttention(Term):
         if max_classes is not None and max_classes < 1: raise ValueError(f'max_classes={max_classes}: give 1 or more, or None for all')
         if classes not in ('present', 'any'): raise ValueError(f"classes={classes!r}: choose 'present' or 'any'")
         if classes == 'any' and region != 'all': raise ValueError(f"classes='any' with region={region!r}: a class that is absent has no such region, give region='all'")
-        if second_order and method not in GRADIENT_METHODS: raise ValueError(f'second_order=True with method={method!r}, whose weights are no gradients: leave it out, or choose one of {", ".join(map(repr, GRADIENT_METHODS))}')
         self.region, self.max_classes, self.method, self.calls = region, max_classes, method, 0
         self.reads_maps, self.signed, self.second_order, self.classes = method in GRADIENT_METHODS, signed, second_order, classes
 

@@ -2,13 +2,16 @@
 
 `#| hide` and `#| include: false` drop a cell, `#| hide_input` and `#| echo: false` its code,
 `#| output: false` its outputs. A figure that a cell draws is left out: a README shows files,
-so save the figure under nbs/images and link it.
+so save the figure under nbs/images and link it. With a `repository_url` in settings.ini
+there are badges below the title, and a link to Colab behind each notebook in a table.
 """
 import argparse, difflib, re, sys
 from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+
+from colab import colab_link, repository_url
 
 root = Path(__file__).resolve().parents[1]
 source, target = root/'nbs/index.ipynb', root/'README.md'
@@ -51,14 +54,23 @@ def from_root(text):
     return relative_link.sub(r'\1nbs/', text).replace('nbs/../', '')
 
 
-def build():
+def with_badges(text, url):
+    "What only a repository with an address can have"
+    if not url: return text
+    title, rest = text.split('\n', 1)
+    tests = f'{url}/actions/workflows/test.yml'
+    colab = lambda row: f'{row[1]} [(Colab)]({colab_link(url, row[2])}) |'
+    return f'{title}\n\n[![tests]({tests}/badge.svg)]({tests})\n' + re.sub(r'(^\| \[[^]]*\]\((nbs/[^)]*\.ipynb)\)) \|', colab, rest, flags=re.M)
+
+
+def build(url=repository_url()):
     notebook = nbformat.read(source, as_version=4)
     notebook.cells = [cell for cell in map(shown, notebook.cells) if cell]
     notebook.metadata.language_info = {'name': 'python'}  # nbdev-clean drops it; it names the code blocks' language
     markdown, _ = MarkdownExporter().from_notebook_node(notebook)
     parts = fenced.split(markdown)  # prose at even places, code at odd ones
     parts[::2] = [spare_lines.sub('\n\n', from_root(part)) for part in parts[::2]]
-    return header + ''.join(parts).strip() + '\n'
+    return header + with_badges(''.join(parts).strip(), url) + '\n'
 
 
 def main():

@@ -10,7 +10,7 @@ from spellchecker import SpellChecker
 root = Path(__file__).resolve().parents[1]
 pages = [*sorted(path for path in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in path.parts), *sorted(root.glob('*.md'))]
 each_page = pytest.mark.parametrize('page', pages, ids=lambda page: page.relative_to(root).as_posix())
-fence, inline = re.compile(r'^```.*?^```', re.M | re.S), re.compile(r'`[^`\n]*`')
+fence, inline = re.compile(r'^ *```.*?^ *```', re.M | re.S), re.compile(r'`[^`\n]*`')
 link = re.compile(r'\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)"')
 heading = re.compile(r'^#{1,6} +(.*)$', re.M)
 

@@ -141,6 +141,8 @@ def test_jupyterlab(book, page, tmp_path):
         wait_for(lambda: (book/'tutorials/attention.png').exists(), 20, lambda: f'nothing was saved: {panel.message()}')
         assert not page.locator('.jp-OutputArea').get_by_text('Error').count()
         panel.choose('layer', 'backbone.layer4')
+        artefacts.mkdir(exist_ok=True)
+        panel.box.screenshot(path=artefacts/'explorer.png')  # nbs/images/explorer.png is one of these
 
 
 def test_voila(book, page, tmp_path):

@@ -149,6 +149,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'camkd_nb/explore.py'),
                                   'camkd_nb.explore.AttentionExplorer._draw': ( 'explore.html#attentionexplorer._draw',
                                                                                 'camkd_nb/explore.py'),
+                                  'camkd_nb.explore.AttentionExplorer._fail': ( 'explore.html#attentionexplorer._fail',
+                                                                                'camkd_nb/explore.py'),
                                   'camkd_nb.explore.AttentionExplorer._make_controls': ( 'explore.html#attentionexplorer._make_controls',
                                                                                          'camkd_nb/explore.py'),
                                   'camkd_nb.explore.AttentionExplorer._map': ('explore.html#attentionexplorer._map', 'camkd_nb/explore.py'),

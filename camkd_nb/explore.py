@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'GAP', 'TITLE', 'HEAD', 'FOOT', 'BAR', 'draw_board', 'layer_choices', 'class_choices', 'AttentionExplorer',
            'save_new', 'Follow']
 
-# %% ../nbs/12_explore.ipynb #7a2f6aae
+# %% ../nbs/12_explore.ipynb #a9e7d1e1
 import time
 from base64 import b64encode
 from html import escape
@@ -25,7 +25,7 @@ from .figures import Page, checked_input, class_iou, class_legend, draw_panel, l
 from .losses import last_stages, map_distance, unwrapped
 from .voc import VOC_CLASSES, VOID
 
-# %% ../nbs/12_explore.ipynb #4e3c877b
+# %% ../nbs/12_explore.ipynb #ffb8d788
 SIDE, GAP, TITLE, HEAD, FOOT, BAR = 1.9, .12, .34, .34, .4, .9  # inches
 
 def _board(n, aspect):
@@ -37,7 +37,7 @@ def _board(n, aspect):
     axes = [[place(GAP + j * (SIDE + GAP), bottom, SIDE, SIDE * aspect) for j in range(n)] for bottom in bottoms]
     return fig, axes, place(width - BAR + .05, FOOT + .05 * SIDE, .12, .9 * SIDE * aspect)
 
-# %% ../nbs/12_explore.ipynb #925e58fe
+# %% ../nbs/12_explore.ipynb #04b04976
 def draw_board(
     columns,  # list, a column each: heading, upper panel, lower panel; a panel is a picture (H, W, 3), a title and a region to outline or None; None: left empty
     masks,  # list of int tensors (H, W), whose classes are named below
@@ -55,7 +55,7 @@ def draw_board(
     class_legend(fig, masks, vocab)
     return fig
 
-# %% ../nbs/12_explore.ipynb #b2796fde
+# %% ../nbs/12_explore.ipynb #b0ee9bf0
 def _stages(model, most=4):
     "Up to `most` ends of stages, the last first."
     for n in range(most, 1, -1):
@@ -74,7 +74,7 @@ def layer_choices(
     if not paths: raise ValueError('layers is empty: give at least one dotted path, or None for the last stages')
     return {' / '.join(dict.fromkeys(choice.values())): choice for choice in paths}
 
-# %% ../nbs/12_explore.ipynb #f222a354
+# %% ../nbs/12_explore.ipynb #e70fd70a
 def class_choices(
     mask,  # int tensor (H, W)
     vocab,  # class names
@@ -85,15 +85,17 @@ def class_choices(
     order = sorted(range(len(vocab)), key=lambda c: (counts[c] == 0, c == 0, -counts[c], c))
     return [(vocab[c] if counts[c] else f'{vocab[c]} ({absent})', c) for c in order]
 
-# %% ../nbs/12_explore.ipynb #aae689f4
+# %% ../nbs/12_explore.ipynb #d47533f4
 def _state_mark(model):
     "Changes when a parameter or a statistic is replaced or changed in place."
     tensors = [*model.parameters(), *model.buffers()]
     return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
 
-# %% ../nbs/12_explore.ipynb #d576550b
+# %% ../nbs/12_explore.ipynb #ca5b7d55
 class AttentionExplorer(widgets.VBox):
     "Controls around one picture: what teacher and students answer, and where they look for a class. Display it as the last value of a cell."
+    save = None  # there is nothing to close in an explorer that was refused
+
     def __init__(self,
         models,  # dict: name -> network, a column each; distances are to the first one's maps
         x,  # images with ImageNet's normalisation, (B, 3, H, W)
@@ -116,13 +118,13 @@ class AttentionExplorer(widgets.VBox):
         like = next(model.parameters(), self.x)
         with torch.no_grad(): return map_forward(model, self.x[:1].to(like.device, like.dtype), paths, start_graph=False)[0].shape[-2:]
 
-# %% ../nbs/12_explore.ipynb #f53fec26
+# %% ../nbs/12_explore.ipynb #cfd371d9
 @patch
 def _make_controls(self: AttentionExplorer):
     "Make the controls, and return the box's rows."
     def slider(kind, value, most, name, **options): return kind(value, min=0, max=most, description=name, continuous_update=False, **options)
     (n, _, height, width), regions = self.x.shape, REGIONS if self.mask is not None else REGIONS[1:]
-    self.image = slider(widgets.IntSlider, 0, n - 1, 'image')
+    self.image = slider(widgets.IntSlider if n > 1 else widgets.BoundedIntText, 0, n - 1, 'image')  # a slider of one place is none to a browser
     self.asked = widgets.Dropdown(description='class')
     self.layer = widgets.Dropdown(options=list(self.layers), description='layer')
     self.method = widgets.Dropdown(options=METHODS, description='method')
@@ -138,7 +140,7 @@ def _make_controls(self: AttentionExplorer):
     rows = [[self.image, self.asked, self.layer], [self.method, self.region, self.opacity]]
     return [*map(widgets.HBox, rows), self.pixel, self.message, self.view, widgets.HBox([self.file, self.save])]
 
-# %% ../nbs/12_explore.ipynb #92f1ccde
+# %% ../nbs/12_explore.ipynb #3168b590
 @patch
 def _answer(self: AttentionExplorer, name, compute, *question):
     "What `compute` gives, remembered as long as the network stays as it is."
@@ -169,7 +171,7 @@ def _marked(self: AttentionExplorer, name):
     region[0, self.row.value * h // height, self.column.value * w // width] = True
     return region
 
-# %% ../nbs/12_explore.ipynb #365e157a
+# %% ../nbs/12_explore.ipynb #5cb23419
 @patch
 def _column(self: AttentionExplorer, name, first):
     "Heading, prediction and map of one network."
@@ -202,10 +204,16 @@ def _draw(self: AttentionExplorer):
     if self.note: fig.text(.995, .99, self.note, ha='right', va='top', fontsize=8)
     return fig
 
-# %% ../nbs/12_explore.ipynb #3d29d03e
+# %% ../nbs/12_explore.ipynb #0458f2d5
 @patch
 def _say(self: AttentionExplorer, text, wrong=False):
     self.message.value = f'<span style="color: {"#b00020" if wrong else "inherit"}">{escape(text)}</span>'
+
+@patch
+def _fail(self: AttentionExplorer, error):
+    "Hide the picture, which answers another question, and say what went wrong."
+    self.view.layout.visibility = 'hidden'
+    self._say(str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}', wrong=True)
 
 @patch
 def _update(self: AttentionExplorer, change=None):
@@ -215,17 +223,16 @@ def _update(self: AttentionExplorer, change=None):
     try:
         self.figure = self._draw()
         self.figure.savefig(buffer := BytesIO(), format='png', pil_kwargs=dict(compress_level=1))
-    except Exception as error:
-        self.view.layout.visibility = 'hidden'
-        return self._say(str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}', wrong=True)
+    except Exception as error: return self._fail(error)
     self.view.value, self.view.layout.visibility = buffer.getvalue(), 'visible'
     self._say(f'{self.vocab[self.asked.value]} in image {self.image.value}, {self.layer.value}, {self.method.value}, {self.region.value}: {1000 * (time.perf_counter() - start):.0f} ms')
 
-# %% ../nbs/12_explore.ipynb #a13cd948
+# %% ../nbs/12_explore.ipynb #31358065
 @patch
 def _offer_classes(self: AttentionExplorer, change=None):
     "Fill the menu of classes for the image, and draw."
-    labels = self._predicted(next(iter(self.models)), self.image.value) if self.mask is None else self.mask[self.image.value]
+    try: labels = self._predicted(next(iter(self.models)), self.image.value) if self.mask is None else self.mask[self.image.value]
+    except Exception as error: return self._fail(error)
     kept = self.asked.value if self.asked.value is not None and (labels == self.asked.value).any() else largest_class(labels)
     self.asked.unobserve(self._update, 'value')
     self.asked.options = class_choices(labels, self.vocab, 'not here' if self.mask is not None else 'not predicted')
@@ -233,7 +240,7 @@ def _offer_classes(self: AttentionExplorer, change=None):
     self.asked.observe(self._update, 'value')
     self._update()
 
-# %% ../nbs/12_explore.ipynb #bb678892
+# %% ../nbs/12_explore.ipynb #40fd0de7
 @patch
 def _save(self: AttentionExplorer, button=None):
     "Write the figure to the file named beside the button."
@@ -257,7 +264,7 @@ def save_new(
         return target
     raise FileExistsError(f'{file.name} and 9998 numbered files exist: give another name')
 
-# %% ../nbs/12_explore.ipynb #db527c30
+# %% ../nbs/12_explore.ipynb #3913d63f
 @patch
 def refresh(self: AttentionExplorer,
     note='',  # str, a remark at the upper right
@@ -280,13 +287,13 @@ def close(self: AttentionExplorer):
 
 def _inside(box): return [each for child in box.children for each in ([child] + (_inside(child) if isinstance(child, widgets.Box) else []))]
 
-# %% ../nbs/12_explore.ipynb #f765eb30
+# %% ../nbs/12_explore.ipynb #4d82587f
 @patch
 def _repr_mimebundle_(self: AttentionExplorer, **options):
     "The widget, and its picture for pages without a kernel."
     return {**widgets.VBox._repr_mimebundle_(self, **options), 'image/png': b64encode(self.view.value).decode()}
 
-# %% ../nbs/12_explore.ipynb #52d5da85
+# %% ../nbs/12_explore.ipynb #abef62ed
 class Follow(Callback):
     "Redraws an explorer after each epoch of a fit; on the first of several processes."
     order = 72  # after the recorder and what keeps the best model

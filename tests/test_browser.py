@@ -85,7 +85,7 @@ class Panel:
     "The explorer, as one sees and touches it"
     def __init__(self, page):
         self.page, self.box = page, page.locator('.widget-vbox', has=page.locator('.widget-image')).first
-        self.picture = page.locator('img.widget-image')
+        self.picture = page.locator('img.widget-image').first
         self.picture.wait_for(timeout=60_000)
 
     def control(self, name): return self.box.locator('.widget-inline-hbox', has=self.page.get_by_text(name, exact=True))
@@ -119,6 +119,8 @@ def test_jupyterlab(book, page, tmp_path):
         page.get_by_role('menuitem', name='Run', exact=True).click()
         page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
         panel = Panel(page)
+        film = page.locator('.widget-vbox', has=page.locator('.widget-image')).nth(1).locator('.widget-html')
+        for epoch in (1, 2, 6): film.get_by_text(f'after epoch {epoch} of 6').wait_for(timeout=60_000)  # while the fit runs
         wait_for(lambda: 'found' in page.locator('.jp-Notebook').inner_text(), 120, lambda: 'the last cell printed nothing')
         panel.picture.scroll_into_view_if_needed()
         panel.press('image', 'Home')

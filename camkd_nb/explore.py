@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'GAP', 'TITLE', 'HEAD', 'FOOT', 'BAR', 'draw_board', 'layer_choices', 'class_choices', 'AttentionExplorer',
            'save_new', 'Follow']
 
-# %% ../nbs/12_explore.ipynb #65c02861
+# %% ../nbs/12_explore.ipynb #18de31e1
 import time
 from base64 import b64encode
 from html import escape
@@ -25,7 +25,7 @@ from .figures import Page, checked_input, class_iou, class_legend, draw_panel, l
 from .losses import last_stages, map_distance, unwrapped
 from .voc import VOC_CLASSES, VOID
 
-# %% ../nbs/12_explore.ipynb #4eca4447
+# %% ../nbs/12_explore.ipynb #b0c50e2a
 SIDE, GAP, TITLE, HEAD, FOOT, BAR = 1.9, .12, .34, .34, .4, .9  # inches
 
 def _board(n, aspect):
@@ -37,7 +37,7 @@ def _board(n, aspect):
     axes = [[place(GAP + j * (SIDE + GAP), bottom, SIDE, SIDE * aspect) for j in range(n)] for bottom in bottoms]
     return fig, axes, place(width - BAR + .05, FOOT + .05 * SIDE, .12, .9 * SIDE * aspect)
 
-# %% ../nbs/12_explore.ipynb #aeb52cd8
+# %% ../nbs/12_explore.ipynb #be734db4
 def draw_board(
     columns,  # list, a column each: heading, upper panel, lower panel; a panel is a picture (H, W, 3), a title and a region to outline or None; None: left empty
     masks,  # list of int tensors (H, W), whose classes are named below
@@ -55,7 +55,7 @@ def draw_board(
     class_legend(fig, masks, vocab)
     return fig
 
-# %% ../nbs/12_explore.ipynb #521aaff0
+# %% ../nbs/12_explore.ipynb #c4d691e1
 def _stages(model, most=4):
     "Up to `most` ends of stages, the last first."
     for n in range(most, 1, -1):
@@ -74,7 +74,7 @@ def layer_choices(
     if not paths: raise ValueError('layers is empty: give at least one dotted path, or None for the last stages')
     return {' / '.join(dict.fromkeys(choice.values())): choice for choice in paths}
 
-# %% ../nbs/12_explore.ipynb #2d047584
+# %% ../nbs/12_explore.ipynb #eb2d2b7a
 def class_choices(
     mask,  # int tensor (H, W)
     vocab,  # class names
@@ -85,13 +85,13 @@ def class_choices(
     order = sorted(range(len(vocab)), key=lambda c: (counts[c] == 0, c == 0, -counts[c], c))
     return [(vocab[c] if counts[c] else f'{vocab[c]} ({absent})', c) for c in order]
 
-# %% ../nbs/12_explore.ipynb #2d65692e
+# %% ../nbs/12_explore.ipynb #b86ac16d
 def _state_mark(model):
     "Changes when a parameter or a statistic is replaced or changed in place."
     tensors = [*model.parameters(), *model.buffers()]
     return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
 
-# %% ../nbs/12_explore.ipynb #b506b47d
+# %% ../nbs/12_explore.ipynb #c869843d
 class AttentionExplorer(widgets.VBox):
     "Controls around one picture: what teacher and students answer, and where they look for a class. Display it as the last value of a cell."
     save = None  # there is nothing to close in an explorer that was refused
@@ -118,7 +118,7 @@ class AttentionExplorer(widgets.VBox):
         like = next(model.parameters(), self.x)
         with torch.no_grad(): return map_forward(model, self.x[:1].to(like.device, like.dtype), paths, start_graph=False)[0].shape[-2:]
 
-# %% ../nbs/12_explore.ipynb #e8d2d763
+# %% ../nbs/12_explore.ipynb #a66ff839
 @patch
 def _make_controls(self: AttentionExplorer):
     "Make the controls, and return the box's rows."
@@ -140,7 +140,7 @@ def _make_controls(self: AttentionExplorer):
     rows = [[self.image, self.asked, self.layer], [self.method, self.region, self.opacity]]
     return [*map(widgets.HBox, rows), self.pixel, self.message, self.view, widgets.HBox([self.file, self.save])]
 
-# %% ../nbs/12_explore.ipynb #97f8cfad
+# %% ../nbs/12_explore.ipynb #06a18321
 @patch
 def _answer(self: AttentionExplorer, name, compute, *question):
     "What `compute` gives, remembered as long as the network stays as it is."
@@ -171,7 +171,7 @@ def _marked(self: AttentionExplorer, name):
     region[0, self.row.value * h // height, self.column.value * w // width] = True
     return region
 
-# %% ../nbs/12_explore.ipynb #2dd5853a
+# %% ../nbs/12_explore.ipynb #4c18ee86
 @patch
 def _column(self: AttentionExplorer, name, first):
     "Heading, prediction and map of one network."
@@ -204,7 +204,7 @@ def _draw(self: AttentionExplorer):
     if self.note: fig.text(.995, .99, self.note, ha='right', va='top', fontsize=8)
     return fig
 
-# %% ../nbs/12_explore.ipynb #7e9c117b
+# %% ../nbs/12_explore.ipynb #6a44d137
 @patch
 def _say(self: AttentionExplorer, text, wrong=False):
     self.message.value = f'<span style="color: {"#b00020" if wrong else "inherit"}">{escape(text)}</span>'
@@ -227,7 +227,7 @@ def _update(self: AttentionExplorer, change=None):
     self.view.value, self.view.layout.visibility = buffer.getvalue(), 'visible'
     self._say(f'{self.note and self.note + ": "}{self.vocab[self.asked.value]} in image {self.image.value}, {self.layer.value}, {self.method.value}, {self.region.value}: {1000 * (time.perf_counter() - start):.0f} ms')
 
-# %% ../nbs/12_explore.ipynb #51d94b4b
+# %% ../nbs/12_explore.ipynb #c11c5283
 @patch
 def _offer_classes(self: AttentionExplorer, change=None):
     "Fill the menu of classes for the image, and draw."
@@ -240,7 +240,7 @@ def _offer_classes(self: AttentionExplorer, change=None):
     self.asked.observe(self._update, 'value')
     self._update()
 
-# %% ../nbs/12_explore.ipynb #57470e0d
+# %% ../nbs/12_explore.ipynb #00601887
 @patch
 def _save(self: AttentionExplorer, button=None):
     "Write the figure to the file named beside the button."
@@ -264,7 +264,7 @@ def save_new(
         return target
     raise FileExistsError(f'{file.name} and 9998 numbered files exist: give another name')
 
-# %% ../nbs/12_explore.ipynb #614a169a
+# %% ../nbs/12_explore.ipynb #0776c561
 @patch
 def refresh(self: AttentionExplorer,
     note='',  # str, a remark at the upper right
@@ -287,13 +287,13 @@ def close(self: AttentionExplorer):
 
 def _inside(box): return [each for child in box.children for each in ([child] + (_inside(child) if isinstance(child, widgets.Box) else []))]
 
-# %% ../nbs/12_explore.ipynb #c721f767
+# %% ../nbs/12_explore.ipynb #bdf3e24e
 @patch
 def _repr_mimebundle_(self: AttentionExplorer, **options):
     "The widget, and its picture for pages without a kernel."
     return {**widgets.VBox._repr_mimebundle_(self, **options), 'image/png': b64encode(self.view.value).decode()}
 
-# %% ../nbs/12_explore.ipynb #ff586575
+# %% ../nbs/12_explore.ipynb #c4219f7a
 class Follow(Callback):
     "Redraws an explorer after each epoch of a fit; on the first of several processes."
     order = 72  # after the recorder and what keeps the best model

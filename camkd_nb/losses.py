@@ -316,11 +316,14 @@ def _in_eval_mode(self: ClassAttention, step):
 @patch
 def _maps(self: ClassAttention, side, layers, classes, regions, reading=None):
     "Maps of a side's own activations, with weights from another reading of it, or from itself."
-    reading, of = reading or side, lambda side: {name: side.activations[name] for name in layers}
+    reading = reading or side
     size = reading.logits.shape[-2:]
     if regions.shape[-2:] != size: regions = F.interpolate(regions.float(), size, mode='nearest-exact') > 0
-    second_order = self.second_order and side is not reading
-    with torch.enable_grad(): return class_maps(reading.logits, of(reading), classes, regions, self.method, of(side), second_order, True, self.signed)
+    attached, read = ({name: of.activations[name] for name in layers} for of in (side, reading))
+    second_order = self.second_order and side is not reading  # the teacher's weights are given
+    with torch.enable_grad():
+        return class_maps(reading.logits, read, classes, regions, self.method,
+                          activations=attached, second_order=second_order, keep_graph=True, signed=self.signed)
 
 # %% ../nbs/06_losses.ipynb #0b30661a
 def unwrapped(
@@ -428,13 +431,13 @@ def _worth(term, step, value, task):
     "The weight of a term that pulls as hard as the task; 1 for a weight that is not relative."
     if term.relative is None: return 1.
     if task is None: raise ValueError(f'{term.name} has a relative weight: give the task loss, as in distiller(x, mask, output, task=loss)')
-    batches, ours, own = term.pulls
+    batches, task_sum, term_sum = term.pulls
     if batches < term.relative.steps:
         at = [step.student.activations[name] for name in term.layers] or [step.student.logits]
         both = [pull(task, at), pull(value, at)] if value.requires_grad else [0., 0.]  # a batch that asks for nothing
         both = _over_processes(torch.tensor(both, device=value.device)).tolist()
-        if both[1] and all(map(math.isfinite, both)): term.pulls = batches, ours, own = batches + 1, ours + both[0], own + both[1]
-    return ours / own if own else 0.
+        if both[1] and all(map(math.isfinite, both)): term.pulls = batches, task_sum, term_sum = batches + 1, task_sum + both[0], term_sum + both[1]
+    return task_sum / term_sum if term_sum else 0.
 
 def _over_processes(values):
     "The sum over all processes of a distributed run: the ratio of two sums is the same in each."

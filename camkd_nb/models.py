@@ -205,9 +205,10 @@ def deeplabv3(
 def toy_backbone(
     width:int, # channels of the first stage; each stage doubles them
     blocks:int, # basic blocks in each stage
-    output_stride:int=8, # 8, 16 or 32
+    output_stride:int=8, # 8, or 16, the coarsest that it has
 ) -> nn.Sequential: # images (B, 3, H, W) to features (B, 8·width, H/output_stride, W/output_stride)
     "A ResNet in miniature: `stem`, then `layer1` to `layer4`."
+    if output_stride == 32: raise ValueError('output_stride=32: a toy backbone halves four times only, give 8 or 16')
     stages, n_in = OrderedDict(stem=_conv_norm(3, width, 3)), width
     stages['stem'][0].stride = (2, 2)
     for i in range(4):
@@ -221,7 +222,7 @@ def toy_backbone(
 # %% ../nbs/04_models.ipynb #a8e8d324
 def toy_teacher(
     n_classes:int=7, # background included
-    output_stride:int=8, # 8, 16 or 32
+    output_stride:int=8, # 8 or 16
     pretrained:bool=False, # load the weights that come with the package, trained on the built-in data
 ) -> SegmentationModel: # images (B, 3, H, W) to logits (B, n_classes, H, W)
     "PSPNet with 0.86 million parameters, for images of 64 to 96 pixels."

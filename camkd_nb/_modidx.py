@@ -179,6 +179,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'camkd_nb.explore.Follow.__getstate__': ('explore.html#follow.__getstate__', 'camkd_nb/explore.py'),
                                   'camkd_nb.explore.Follow.__init__': ('explore.html#follow.__init__', 'camkd_nb/explore.py'),
                                   'camkd_nb.explore.Follow.after_epoch': ('explore.html#follow.after_epoch', 'camkd_nb/explore.py'),
+                                  'camkd_nb.explore.Follow.after_fit': ('explore.html#follow.after_fit', 'camkd_nb/explore.py'),
+                                  'camkd_nb.explore.Follow.after_train': ('explore.html#follow.after_train', 'camkd_nb/explore.py'),
                                   'camkd_nb.explore.Follow.before_fit': ('explore.html#follow.before_fit', 'camkd_nb/explore.py'),
                                   'camkd_nb.explore._board': ('explore.html#_board', 'camkd_nb/explore.py'),
                                   'camkd_nb.explore._inside': ('explore.html#_inside', 'camkd_nb/explore.py'),

@@ -72,7 +72,8 @@ def layer_choices(
     if isinstance(layers, (str, dict)): layers = [layers]
     paths = [layer_of_each(choice, models) for choice in layers]
     if not paths: raise ValueError('layers is empty: give at least one dotted path, or None for the last stages')
-    return {' / '.join(dict.fromkeys(choice.values())): choice for choice in paths}
+    in_order = [[choice[name] for name in models] for choice in paths]
+    return {of[0] if len(set(of)) == 1 else ' / '.join(of): dict(zip(models, of)) for of in in_order}
 
 # %% ../nbs/12_explore.ipynb #eb2d2b7a
 def class_choices(
@@ -94,7 +95,7 @@ def _state_mark(model):
 # %% ../nbs/12_explore.ipynb #c869843d
 class AttentionExplorer(widgets.VBox):
     "Controls around one picture: what teacher and students answer, and where they look for a class. Display it as the last value of a cell."
-    save = None  # there is nothing to close in an explorer that was refused
+    save, _answers = None, {}  # there is nothing to close in an explorer that was refused
 
     def __init__(self,
         models,  # dict: name -> network, a column each; distances are to the first one's maps
@@ -110,7 +111,8 @@ class AttentionExplorer(widgets.VBox):
         predictions(self.models, self.x[:1], self.vocab)
         self._sizes = {name: self._try_layers(name) for name in models}
         super().__init__(self._make_controls())
-        self._offer_classes()
+        try: self._offer_classes()
+        except BaseException: self.close(); raise
 
     def _try_layers(self, name):
         "The size of a network's logits, (H, W)."
@@ -200,7 +202,8 @@ def _draw(self: AttentionExplorer):
     below = None if truth is None else (overlay_mask(picture, truth, self.opacity.value), 'truth', truth == c)
     fig = draw_board([(f'image {i}', (picture, '', None), below), *columns], [self._predicted(name, i) for name in self.models] + ([] if truth is None else [truth]), self.vocab)
     if self.region.value == 'pixel':
-        for ax in fig.axes[:-1]: ax.plot(self.column.value, self.row.value, '+', color='white', ms=14, mew=3), ax.plot(self.column.value, self.row.value, '+', color='black', ms=13, mew=1)
+        for ax in (ax for ax in fig.axes[:-1] if ax.images):
+            ax.plot(self.column.value, self.row.value, '+', color='white', ms=14, mew=3), ax.plot(self.column.value, self.row.value, '+', color='black', ms=13, mew=1)
     if self.note: fig.text(.995, .99, self.note, ha='right', va='top', fontsize=8)
     return fig
 
@@ -212,7 +215,7 @@ def _say(self: AttentionExplorer, text, wrong=False):
 @patch
 def _fail(self: AttentionExplorer, error):
     "Hide the picture, which answers another question, and say what went wrong."
-    self.view.layout.visibility = 'hidden'
+    self.view.layout.visibility, self.figure = 'hidden', None
     self._say(str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}', wrong=True)
 
 @patch
@@ -270,9 +273,11 @@ def refresh(self: AttentionExplorer,
     note='',  # str, a remark at the upper right
 ):
     "Forget all answers, and draw again."
+    if not self.models: raise ValueError('this explorer is closed: make another')
     self._answers.clear()
     self.note = note
-    self._update()
+    if self.mask is None: self._offer_classes()  # the classes that are predicted may be others now
+    else: self._update()
 
 @patch
 def close(self: AttentionExplorer):
@@ -291,7 +296,8 @@ def _inside(box): return [each for child in box.children for each in ([child] + 
 @patch
 def _repr_mimebundle_(self: AttentionExplorer, **options):
     "The widget, and its picture for pages without a kernel."
-    return {**widgets.VBox._repr_mimebundle_(self, **options), 'image/png': b64encode(self.view.value).decode()}
+    picture = {} if self.figure is None else {'image/png': b64encode(self.view.value).decode()}
+    return {**widgets.VBox._repr_mimebundle_(self, **options), **picture}
 
 # %% ../nbs/12_explore.ipynb #c4219f7a
 class Follow(Callback):
@@ -304,11 +310,19 @@ class Follow(Callback):
 
     def before_fit(self):
         "Check that there will be something to see."
+        self.drawn = True
         self.run = self.explorer is not None and not rank_distrib() and not any(hasattr(self.learn, name) for name in ('lr_finder', 'gather_preds'))
         if self.run and not any(unwrapped(model) is unwrapped(self.learn.model) for model in self.explorer.models.values()):
             raise ValueError(f"none of the explorer's networks ({', '.join(self.explorer.models) or 'it is closed'}) is the learner's: make it with learn.model, as in AttentionExplorer({{'student': learn.model}}, ...)")
 
-    def after_epoch(self): self.explorer.refresh(f'after epoch {self.epoch + 1} of {self.n_epoch}')
+    def after_train(self): self.drawn = False
+
+    def after_epoch(self):
+        "Draw, if something was trained and the panel is still open."
+        if not self.drawn and self.explorer.models: self.explorer.refresh(f'after epoch {self.epoch + 1} of {self.n_epoch}')
+        self.drawn = True
+
+    def after_fit(self): self.after_epoch()  # a fit that was stopped early missed the last one
 
     def __getstate__(self): return {**super().__getstate__(), 'explorer': None}  # an exported learner has no widget
 

@@ -30,7 +30,7 @@ from .voc import VOC_CLASSES, VOID, check_mask, color_mask
 # %% ../nbs/08_figures.ipynb #cf908a0a
 def _check_images(x):
     if not isinstance(x, Tensor): raise TypeError(f'images are a {type(x).__name__}: give a tensor (B, 3, H, W)')
-    if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f'images of shape {tuple(x.shape)}: give a batch (B, 3, H, W); for one image, x[None]')
+    if x.ndim != 4 or x.shape[1] != 3 or not len(x): raise ValueError(f'images of shape {tuple(x.shape)}: give a batch (B, 3, H, W); for one image, x[None]')
 
 def denormalize(
     x,  # images with ImageNet's normalisation, (B, 3, H, W)
@@ -164,14 +164,17 @@ def _check_models(models):
 
 def _check_pictures(x, pictures):
     _check_images(x)
+    if not np.issubdtype(pictures.dtype, np.floating): raise TypeError(f'pictures hold {pictures.dtype}: give floats from 0 to 1, as pictures / 255')
     if pictures.shape == (len(x), *x.shape[-2:], 3): return pictures
     raise ValueError(f'pictures of shape {pictures.shape} do not fit images of shape {tuple(x.shape)}: give (B, H, W, 3)')
 
 def _check_mask(x, mask, vocab):
+    if not isinstance(mask, Tensor): raise TypeError(f'the mask is a {type(mask).__name__}: give a tensor (B, H, W), as torch.as_tensor(mask)')
     if tuple(mask.shape) != (len(x), *x.shape[-2:]):
         raise ValueError(f'mask of shape {tuple(mask.shape)} does not fit images of shape {tuple(x.shape)}: give (B, H, W)')
     if mask.is_floating_point(): raise TypeError(f'mask holds {mask.dtype}: give class indices, int64')
-    for i, labels in enumerate(mask.numpy()): check_mask(labels, len(vocab), f'image {i}')
+    if (mask < 0).any(): raise ValueError(f'mask holds {mask.min()}: void is {VOID} here, set mask[mask < 0] = {VOID}')
+    for i, labels in enumerate(mask.cpu().numpy()): check_mask(labels, len(vocab), f'image {i}')
 
 def checked_input(
     models,  # dict: name -> network
@@ -184,8 +187,8 @@ def checked_input(
     _check_models(models)
     pictures = denormalize(x) if pictures is None else _check_pictures(x, np.asarray(pictures))
     x, vocab = x.as_subclass(Tensor), list(vocab)
-    if mask is not None: _check_mask(x, mask := mask.as_subclass(Tensor).cpu(), vocab)
-    return x, mask, vocab, pictures
+    if mask is not None: _check_mask(x, mask, vocab)
+    return x, mask if mask is None else mask.as_subclass(Tensor).cpu(), vocab, pictures
 
 def layer_of_each(
     layers,  # a dotted path for all, or a dict: name -> dotted path

@@ -392,6 +392,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'camkd_nb.study._completed': ('study.html#_completed', 'camkd_nb/study.py'),
                                 'camkd_nb.study._described': ('study.html#_described', 'camkd_nb/study.py'),
                                 'camkd_nb.study._difference': ('study.html#_difference', 'camkd_nb/study.py'),
+                                'camkd_nb.study._new_file': ('study.html#_new_file', 'camkd_nb/study.py'),
                                 'camkd_nb.study._todo': ('study.html#_todo', 'camkd_nb/study.py'),
                                 'camkd_nb.study.append_row': ('study.html#append_row', 'camkd_nb/study.py'),
                                 'camkd_nb.study.describe': ('study.html#describe', 'camkd_nb/study.py'),

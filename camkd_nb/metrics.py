@@ -88,6 +88,7 @@ class SegLoss(nn.Module):
 def _mean(self:SegLoss, logits, mask):
     "Cross-entropy in float32, averaged over the labelled pixels of the batch, or of each image."
     _check_shapes(logits, mask)
+    if logits.ndim != 4: raise ValueError(f'logits of shape {tuple(logits.shape)}: give a batch (B, C, H, W); for one image, logits[None] and mask[None]')
     void = mask == VOID
     if mask.device.type == 'cpu' or not self._checked: _check_range(mask, void, logits.shape[1])
     self._checked = True

@@ -247,7 +247,7 @@ def _offer_classes(self: AttentionExplorer, change=None):
 @patch
 def _save(self: AttentionExplorer, button=None):
     "Write the figure to the file named beside the button."
-    if self.figure is None or self.view.layout.visibility == 'hidden': return self._say('there is no picture to save', wrong=True)
+    if self.figure is None: return self._say('there is no picture to save', wrong=True)
     try: self._say(f'saved as {save_new(self.figure, self.file.value)}')
     except (OSError, ValueError) as error: self._say(f'not saved: {error}', wrong=True)
 

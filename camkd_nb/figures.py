@@ -174,7 +174,9 @@ def _check_mask(x, mask, vocab):
         raise ValueError(f'mask of shape {tuple(mask.shape)} does not fit images of shape {tuple(x.shape)}: give (B, H, W)')
     if mask.is_floating_point(): raise TypeError(f'mask holds {mask.dtype}: give class indices, int64')
     if (mask < 0).any(): raise ValueError(f'mask holds {mask.min()}: void is {VOID} here, set mask[mask < 0] = {VOID}')
-    for i, labels in enumerate(mask.cpu().numpy()): check_mask(labels, len(vocab), f'image {i}')
+    mask = mask.as_subclass(Tensor).cpu()
+    for i, labels in enumerate(mask.numpy()): check_mask(labels, len(vocab), f'image {i}')
+    return mask
 
 def checked_input(
     models,  # dict: name -> network
@@ -187,8 +189,8 @@ def checked_input(
     _check_models(models)
     pictures = denormalize(x) if pictures is None else _check_pictures(x, np.asarray(pictures))
     x, vocab = x.as_subclass(Tensor), list(vocab)
-    if mask is not None: _check_mask(x, mask, vocab)
-    return x, mask if mask is None else mask.as_subclass(Tensor).cpu(), vocab, pictures
+    if mask is not None: mask = _check_mask(x, mask, vocab)
+    return x, mask, vocab, pictures
 
 def layer_of_each(
     layers,  # a dotted path for all, or a dict: name -> dotted path

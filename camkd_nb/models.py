@@ -48,6 +48,7 @@ def set_output_stride(
             if stride < output_stride: stride *= 2
             else: dilation *= 2
         if dilation > 1: _dilate(stage, before, dilation)
+    if stride < output_stride: raise ValueError(f'output_stride={output_stride}: these stages have a stride of {stride}, which only finer maps can replace')
 
 # %% ../nbs/04_models.ipynb #08c1d7f6
 BACKBONES = dict(resnet18=512, resnet34=512, resnet50=2048, resnet101=2048,
@@ -208,7 +209,6 @@ def toy_backbone(
     output_stride:int=8, # 8, or 16, the coarsest that it has
 ) -> nn.Sequential: # images (B, 3, H, W) to features (B, 8·width, H/output_stride, W/output_stride)
     "A ResNet in miniature: `stem`, then `layer1` to `layer4`."
-    if output_stride == 32: raise ValueError('output_stride=32: a toy backbone halves four times only, give 8 or 16')
     stages, n_in = OrderedDict(stem=_conv_norm(3, width, 3)), width
     stages['stem'][0].stride = (2, 2)
     for i in range(4):

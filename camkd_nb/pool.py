@@ -133,11 +133,15 @@ class PoolRecipe(Recipe):
         if '_contents' not in vars(self): self._contents = torch.load(self.pool, weights_only=True, mmap=True)
         return self._contents
 
+    def crops(self):  # Dataset of features and masks
+        "What the training batches are drawn from."
+        return Crops(self.contents(), self.n_train)
+
     def batches(self,
         seed=None,  # int, fixes all batches; None: they follow PyTorch's generator
     ):  # DataLoaders
         "Training batches of features, (B, 2·K, h, w), and masks; there is nothing to validate on between epochs."
-        crops = Crops(self.contents(), self.n_train)
+        crops = self.crops()
         train = SeededDL(crops, bs=min(self.bs, len(crops)), shuffle=True, drop_last=True, seed=seed, num_workers=0)
         device = torch.device(self.device) if self.device else default_device()
         self.check_device(device)

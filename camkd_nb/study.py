@@ -55,7 +55,9 @@ def _new_file(file):
     with open(draft, 'w', newline='') as new: csv.writer(new, lineterminator='\n').writerow(COLUMNS)
     try: os.link(draft, file)
     except FileExistsError: pass
-    finally: draft.unlink()
+    except OSError:  # no hard links on this file system
+        if not file.exists(): draft.replace(file)
+    finally: draft.unlink(missing_ok=True)
 
 # %% ../nbs/10_study.ipynb #56eedf9f
 def read_runs(

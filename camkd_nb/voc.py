@@ -245,8 +245,8 @@ def _shared_ids(lists):
     unions = {name for name, ids in lists.items() if name not in ('train', 'val', 'test') and any(lists.get(part) and set(lists[part]) <= set(ids) for part in ('val', 'test'))}
     for (a, one), (b, other) in combinations(lists.items(), 2):
         if unions & {a, b}: continue
-        both, union = sorted(set(one) & set(other)), set(one) <= set(other) or set(other) <= set(one)
-        if both and not (union and {a, b} - {'train', 'val', 'test'}):
+        both, nested = sorted(set(one) & set(other)), set(one) <= set(other) or set(other) <= set(one)
+        if both and not (nested and {a, b} - {'train', 'val', 'test'}):
             yield f'ImageSets/Segmentation/{a}.txt', f'{len(both)} ids are in {b}, too, first {both[0]}'
 
 # %% ../nbs/00_voc.ipynb #7ff2f8e4

@@ -378,6 +378,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'camkd_nb.pool.PoolRecipe.contents': ('pool.html#poolrecipe.contents', 'camkd_nb/pool.py'),
                                'camkd_nb.pool.PoolRecipe.crops': ('pool.html#poolrecipe.crops', 'camkd_nb/pool.py'),
                                'camkd_nb.pool._both_stems': ('pool.html#_both_stems', 'camkd_nb/pool.py'),
+                               'camkd_nb.pool._images': ('pool.html#_images', 'camkd_nb/pool.py'),
                                'camkd_nb.pool._mark': ('pool.html#_mark', 'camkd_nb/pool.py'),
                                'camkd_nb.pool._one_pass': ('pool.html#_one_pass', 'camkd_nb/pool.py'),
                                'camkd_nb.pool.evaluate_pool': ('pool.html#evaluate_pool', 'camkd_nb/pool.py'),

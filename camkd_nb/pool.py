@@ -22,7 +22,7 @@ from .data import SeededDL, _training_items
 from .demo import Recipe
 from .distill import save_whole
 from .metrics import ConfusionMatrix, Evaluation, network_input
-from .voc import read_image, read_mask, voc_classes, voc_items
+from .voc import read_image, read_mask, voc_classes, voc_ids, voc_items
 
 # %% ../nbs/11_pool.ipynb #183c23d6
 class HeadStart(nn.Module):
@@ -70,7 +70,8 @@ def fill_pool(
     n=8,  # int, augmented crops of each image
 ):  # Path
     "Augment all images of a recipe, and keep what both stems make of them."
-    file, made = Path(file), {'n': n, 'size': recipe.size, 'resize': recipe.resize, 'scale': list(recipe.scale), 'stems': [_mark(student.stem), _mark(teacher.stem)]}
+    file, made = Path(file), {'n': n, 'size': recipe.size, 'resize': recipe.resize, 'scale': list(recipe.scale), 'growth': student.growth,
+                              'images': _images(recipe), 'stems': [_mark(student.stem), _mark(teacher.stem)]}
     if file.exists():
         found = torch.load(file, weights_only=True, mmap=True).get('made')
         if found != made: raise ValueError(f'{file.name} was made otherwise: {found} where now it is {made}: remove it, or give another file')
@@ -88,6 +89,11 @@ def fill_pool(
 def _mark(stem):
     "A hash of all weights and statistics."
     return hashlib.sha256(b''.join(t.cpu().numpy().tobytes() for t in stem.state_dict().values())).hexdigest()[:12]
+
+def _images(recipe):
+    "How many images there are, and a hash of their names."
+    ids = [*_training_items(voc_ids(recipe.tree, recipe.train), 1, recipe.n_train), 'val:', *voc_ids(recipe.tree, 'val')]
+    return f"{len(ids) - 1}, {hashlib.sha256(' '.join(ids).encode()).hexdigest()[:12]}"
 
 def _both_stems(student, teacher, device, x):
     ours, theirs = student.stem(x.to(device)), teacher.stem(x.to(device))

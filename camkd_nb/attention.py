@@ -70,6 +70,7 @@ class Taps:
         "Forget the activations, ready for another forward pass."
         self.activations = {}
 
+# %% ../nbs/05_attention.ipynb #bc16dc0c
 def _memory(x): return x.untyped_storage().data_ptr()
 
 def _check_activation(name, output, seen):
@@ -178,6 +179,7 @@ def score_gradients(
 
 def _precise(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../nbs/05_attention.ipynb #8aefefae
 def class_weights(
     logits,  # (B, C, H, W), from a forward pass in eval mode with `Taps(..., start_graph=True)`
     activations,  # dict: path -> tensor (B, K, h, w), of that pass
@@ -192,6 +194,7 @@ def class_weights(
     none = {name: _precise(a.new_zeros((len(a), 0, a.shape[1]))) for name, a in activations.items()}
     return {name: torch.stack([part[name] for part in parts], 1) for name in activations} if parts else none
 
+# %% ../nbs/05_attention.ipynb #21a9744c
 def weighted_maps(
     activations,  # dict: path -> (B, K, h, w)
     weights,  # dict: path -> (B, k, K)
@@ -229,6 +232,7 @@ def class_maps(
         for name, gradient in gradients.items(): maps[name].append((gradient * _precise(activations[name])).sum(1, keepdim=True))
     return {name: torch.cat(parts, 1) if signed else torch.cat(parts, 1).relu() for name, parts in maps.items()}
 
+# %% ../nbs/05_attention.ipynb #28312dba
 def _region_means(activation, regions):
     share = F.adaptive_avg_pool2d(regions.to(torch.promote_types(activation.dtype, torch.float32)), activation.shape[-2:])
     tiny = torch.finfo(share.dtype).tiny
@@ -286,6 +290,7 @@ def asked_classes(
         raise ValueError(f'classes holds {classes.min().item()} to {classes.max().item()}, but the network knows 0 to {n_classes - 1}')
     return classes.long()
 
+# %% ../nbs/05_attention.ipynb #d29f6e1e
 def _check_batch(x, mask):
     for name, value in dict(x=x, mask=mask).items():
         if not isinstance(value, (Tensor, type(None))): raise TypeError(f'{name} is a {type(value).__name__}: give a tensor')

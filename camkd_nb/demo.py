@@ -68,6 +68,26 @@ class Recipe:
         if self.amp == 'fp16' and device.type == 'cpu': raise ValueError("amp='fp16' needs a GPU: give 'bf16', or leave it out, on a CPU")
 
 # %% ../nbs/09_demo.ipynb #4f3aa235
+def fit(
+    model: nn.Module,  # trained in place
+    recipe,  # Recipe
+    seed=0,  # int, fixes the batches
+    cbs=(),  # list of callbacks, such as `CAMDistill`
+    label='training',  # str, shown with the progress
+):  # float, seconds
+    "Train a network by a recipe, on batches that depend on the seed alone."
+    set_seed(seed, reproducible=True)
+    dls = recipe.batches(seed)
+    learn = Learner(dls, model.to(dls.device), loss_func=SegLoss(), cbs=_Report(label))
+    half = _HalfOnCPU()
+    if recipe.amp: learn.add_cb(half) if dls.device.type == 'cpu' else getattr(learn, f'to_{recipe.amp}')()
+    start = time.perf_counter()
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=list(cbs))
+    finally: half._leave()
+    return time.perf_counter() - start
+
+# %% ../nbs/09_demo.ipynb #0435eda0
 class _Report(Callback):
     "One line of progress, and no validation between epochs."
     order = 70
@@ -95,25 +115,6 @@ class _HalfOnCPU(Callback):
         "Autocast off, also after an exception."
         if self.context: self.context.__exit__(None, None, None)
         self.context = None
-
-def fit(
-    model: nn.Module,  # trained in place
-    recipe,  # Recipe
-    seed=0,  # int, fixes the batches
-    cbs=(),  # list of callbacks, such as `CAMDistill`
-    label='training',  # str, shown with the progress
-):  # float, seconds
-    "Train a network by a recipe, on batches that depend on the seed alone."
-    set_seed(seed, reproducible=True)
-    dls = recipe.batches(seed)
-    learn = Learner(dls, model.to(dls.device), loss_func=SegLoss(), cbs=_Report(label))
-    half = _HalfOnCPU()
-    if recipe.amp: learn.add_cb(half) if dls.device.type == 'cpu' else getattr(learn, f'to_{recipe.amp}')()
-    start = time.perf_counter()
-    try:
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(recipe.epochs, recipe.lr, cbs=list(cbs))
-    finally: half._leave()
-    return time.perf_counter() - start
 
 # %% ../nbs/09_demo.ipynb #d14e2fe3
 def trained_teacher(

@@ -131,6 +131,7 @@ def columns(self: Distill):  # dict: name -> float
     shown = (self.scores.values() if self.scores else none) if self.show_teacher else {}
     return {**{name: self.value(name) for name in self.terms}, **shown}
 
+# %% ../nbs/07_distill.ipynb #08629869
 _FRESH = {'calls': 0, 'pulls': (0, 0., 0.)}  # what a term counts during a fit
 
 @patch
@@ -155,6 +156,7 @@ def before_train(self: Distill):
     vars(self.learn).pop('one_batch', None)
     self.learn.one_batch = partial(_guarded, self, self.learn.one_batch)
 
+# %% ../nbs/07_distill.ipynb #126a5d67
 @patch
 def after_train(self: Distill):
     "Take the taps off, and say so when the teacher was no better than the student."
@@ -187,6 +189,7 @@ def after_loss(self: Distill):
     self.learn.loss = self.loss_grad.clone()
     if self.distiller.teacher_logits is not None and mask is not None: self._score(self.distiller.teacher_logits, mask)
 
+# %% ../nbs/07_distill.ipynb #1764dcf9
 @patch
 def _score(self: Distill, teacher, mask):
     if self.scores is None: self.scores = TeacherCheck(teacher.shape[1], self.loss_func)

@@ -190,6 +190,7 @@ def _column(self: AttentionExplorer, name, first):
 
 def _short(path, most=30): return path if len(path) <= most else '…' + path[1 - most:]
 
+# %% ../nbs/12_explore.ipynb #6808b989
 @patch
 def _draw(self: AttentionExplorer):
     "The board for what the controls say."
@@ -326,6 +327,7 @@ class Follow(Callback):
 
     def __getstate__(self): return {**super().__getstate__(), 'explorer': None}  # an exported learner has no widget
 
+# %% ../nbs/12_explore.ipynb #9b65efbf
 @patch
 def follow(self: AttentionExplorer):  # Follow, for `learn.fit(n, cbs=...)`
     "A callback that keeps the picture up to date."

@@ -140,6 +140,7 @@ def predictions(
         raise ValueError(f'{name!r} gives {z.shape[1]} classes and vocab names {len(vocab)}: give the names of its classes, such as vocab=dls.vocab')
     return {name: z.argmax(1) for name, z in logits.items()}
 
+# %% ../nbs/08_figures.ipynb #1cf020ac
 def raw_maps(
     model: nn.Module,  # a segmentation network, on any device
     x,  # images, (B, 3, H, W)
@@ -178,6 +179,7 @@ def _check_mask(x, mask, vocab):
     for i, labels in enumerate(mask.numpy()): check_mask(labels, len(vocab), f'image {i}')
     return mask
 
+# %% ../nbs/08_figures.ipynb #4c74cc2d
 def checked_input(
     models,  # dict: name -> network
     x,  # images, (B, 3, H, W)

@@ -81,18 +81,6 @@ def valid_share(
     return F.adaptive_avg_pool2d((mask[:, None] != VOID).float(), like.shape[-2:])
 
 # %% ../nbs/06_losses.ipynb #269ab1a4
-def _resized(x, size):
-    if x.shape[-2:] == tuple(size): return x
-    return F.interpolate(x, size, mode='bilinear', align_corners=False)
-
-def _mask_at(mask, size):
-    if mask is None or mask.shape[-2:] == tuple(size): return mask
-    return F.interpolate(mask[:, None].float(), size, mode='nearest-exact')[:, 0].long()
-
-def _positive(name, value):
-    if not value > 0: raise ValueError(f'{name}={value}: give a number above 0')
-    return value
-
 class PixelKD(Term):
     "Pixel-wise knowledge distillation (Hinton et al. 2015) over the non-void pixels."
     name = 'pixel_kd'
@@ -113,6 +101,19 @@ class PixelKD(Term):
         mask = _mask_at(step.mask, student.shape[-2:])
         valid = torch.ones_like(gap) if mask is None else (mask != VOID).float()
         return self.temperature**2 * (gap * valid).sum() / valid.sum().clamp(min=1)
+
+# %% ../nbs/06_losses.ipynb #df14728c
+def _resized(x, size):
+    if x.shape[-2:] == tuple(size): return x
+    return F.interpolate(x, size, mode='bilinear', align_corners=False)
+
+def _mask_at(mask, size):
+    if mask is None or mask.shape[-2:] == tuple(size): return mask
+    return F.interpolate(mask[:, None].float(), size, mode='nearest-exact')[:, 0].long()
+
+def _positive(name, value):
+    if not value > 0: raise ValueError(f'{name}={value}: give a number above 0')
+    return value
 
 # %% ../nbs/06_losses.ipynb #a402d7e9
 def _meet(a, b):
@@ -188,12 +189,6 @@ class ChannelKD(Term):
         return self.temperature**2 * _each(gap, _seen(mask, gap))
 
 # %% ../nbs/06_losses.ipynb #c1fbfb26
-def _features(step, ours, theirs):
-    "Float features of both sides at the smaller of the two sizes, the teacher's detached."
-    return _meet(step.student.activations[ours].float(), step.teacher.activations[theirs].detach().float())
-
-def _full_precision(x): return torch.autocast(x.device.type, enabled=False)
-
 class PairwiseKD(Term):
     "Pair-wise distillation of patch similarities (Liu et al. 2019, section 3)."
     name = 'pairwise_kd'
@@ -222,6 +217,13 @@ class PairwiseKD(Term):
                 gap = ((student - teacher).pow(2) * share * share.transpose(1, 2)).sum((1, 2)) / share.sum(2)[:, 0].pow(2).clamp(min=1e-6)
             total = total + _each(gap[:, None], _seen(step.mask, gap))
         return total / len(self.layers)
+
+# %% ../nbs/06_losses.ipynb #ff026131
+def _features(step, ours, theirs):
+    "Float features of both sides at the smaller of the two sizes, the teacher's detached."
+    return _meet(step.student.activations[ours].float(), step.teacher.activations[theirs].detach().float())
+
+def _full_precision(x): return torch.autocast(x.device.type, enabled=False)
 
 # %% ../nbs/06_losses.ipynb #1b29d1b9
 class IFV(Term):
@@ -295,6 +297,7 @@ def __call__(self: ClassAttention,
         total = total + _each(self.distance(ours[student_layer], teacher, step.mask, self.signed), asked.float())
     return total / len(self.layers)
 
+# %% ../nbs/06_losses.ipynb #14ff8f81
 @patch
 def _asked(self: ClassAttention, step):
     logits = step.teacher.logits.detach()
@@ -305,6 +308,7 @@ def _asked(self: ClassAttention, step):
     else: classes = asked_classes(None, mask, logits, self.max_classes, 'random', generator)
     return classes, region_masks(classes, logits, mask, self.region)
 
+# %% ../nbs/06_losses.ipynb #c53b53fc
 @patch
 def _taught(self: ClassAttention, step, classes, regions):
     return {name: maps.detach() for name, maps in self._maps(step.teacher, self.layers.values(), classes, regions).items()}
@@ -358,6 +362,7 @@ def last_stages(
     if len(ends) < n: raise ValueError(f'{type(model).__name__} shows no {n} stages in {path!r}: name its layers yourself, as in layers=["path.of.a.layer"]')
     return ends[-n:]
 
+# %% ../nbs/06_losses.ipynb #2d7f928b
 def _backbone(model):
     size = lambda m: sum(p.numel() for p in m.parameters())
     children = dict(model.named_children())
@@ -467,6 +472,7 @@ def __call__(self: Distiller,
     values = {name: self.terms[name](step) for name, weight in weights.items() if weight}
     return {name: (value, weights[name] * _worth(self.terms[name], step, value, task)) for name, value in values.items()}
 
+# %% ../nbs/06_losses.ipynb #b0744082
 @patch
 def _teacher_side(self: Distiller, x):
     paths = self._paths(dict.values)

@@ -86,6 +86,7 @@ def fill_pool(
     save_whole({'x': x, 'mask': mask, 'valid': valid, 'made': made}, file)
     return file
 
+# %% ../nbs/11_pool.ipynb #f4a72265
 def _mark(stem):
     "A hash of all weights and statistics."
     return hashlib.sha256(b''.join(t.cpu().numpy().tobytes() for t in stem.state_dict().values())).hexdigest()[:12]
@@ -128,6 +129,7 @@ class Crops(torch.utils.data.Dataset):
         which = random.randrange(len(self.x)), self.images[i]
         return self.x[which].float(), self.mask[which].long()
 
+# %% ../nbs/11_pool.ipynb #02c8ecda
 @dataclass
 class PoolRecipe(Recipe):
     "A recipe whose batches come from a pool."

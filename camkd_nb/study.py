@@ -202,6 +202,22 @@ def options(
     return json.loads(json.dumps({'recipe': {**recipe, 'tree': Path(study.recipe.tree).name, 'device': None}, 'parameters': sizes, 'terms': [describe(term) for term in method.terms]}))
 
 # %% ../nbs/10_study.ipynb #86ab0aee
+def run_study(
+    study,  # Study
+    seeds,  # iterable of int
+    part=(0, 1),  # (i, n): every n-th training of the grid, from the i-th on
+    keep=None,  # folder for the state dicts of the trained students; None: they are not kept
+):  # DataFrame, all rows of the setting
+    "Train what the file does not have yet; stop it when you like, and call it again."
+    for name, seed in _todo(study, seeds, part):
+        student, seconds, terms = train(study, name, seed)
+        if keep is not None:
+            Path(keep).mkdir(parents=True, exist_ok=True)
+            save_whole({key: value.cpu() for key, value in student.state_dict().items()}, Path(keep) / f'{study.setting}, {name}, {seed}.pth'.replace('/', '-'))
+        append_row(study.file, row_of(study, name, seed, student, seconds, terms))
+    return read_runs(study.file, study.setting)
+
+# %% ../nbs/10_study.ipynb #e4fee85e
 def _todo(study, seeds, part=(0, 1)):
     if not 0 <= part[0] < part[1]: raise ValueError(f'part={part}: give (i, n) with 0 <= i < n, such as (0, 2) and (1, 2)')
     wanted = {name: options(study, name) for name in study.methods}  # what cannot be described fails before anything is trained
@@ -222,21 +238,6 @@ def _completed(kept, terms):
 def _difference(old, new):
     changed = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
     return ', '.join(f'{key} {before!r} where now it is {now!r}' for key, (before, now) in changed.items())
-
-def run_study(
-    study,  # Study
-    seeds,  # iterable of int
-    part=(0, 1),  # (i, n): every n-th training of the grid, from the i-th on
-    keep=None,  # folder for the state dicts of the trained students; None: they are not kept
-):  # DataFrame, all rows of the setting
-    "Train what the file does not have yet; stop it when you like, and call it again."
-    for name, seed in _todo(study, seeds, part):
-        student, seconds, terms = train(study, name, seed)
-        if keep is not None:
-            Path(keep).mkdir(parents=True, exist_ok=True)
-            save_whole({key: value.cpu() for key, value in student.state_dict().items()}, Path(keep) / f'{study.setting}, {name}, {seed}.pth'.replace('/', '-'))
-        append_row(study.file, row_of(study, name, seed, student, seconds, terms))
-    return read_runs(study.file, study.setting)
 
 # %% ../nbs/10_study.ipynb #92be2610
 class ShuffledAttention(ClassAttention):

@@ -18,24 +18,25 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from torch import Tensor
 
-from .attention import METHODS, REGIONS, map_forward
-from .figures import Page, checked_input, class_iou, class_legend, draw_panel, largest_class, layer_of_each, map_bar, maximum, overlay_map, overlay_mask, predictions, raw_maps, show_attention
+from .attention import METHODS, REGIONS, class_attention
+from .figures import Page, _input_of, checked_input, class_iou, class_legend, draw_panel, largest_class, layer_of_each, legend_rows, map_bar, maximum, overlay_map, overlay_mask, predictions, raw_maps
 from .losses import last_stages, map_distance, unwrapped
 from .voc import VOC_CLASSES, VOID
 
 # %% ../nbs/12_explore.ipynb #b0c50e2a
 SIDE, GAP, TITLE, HEAD, FOOT, BAR = 1.9, .12, .34, .34, .4, .9  # inches
 
-def _board(n, aspect):
-    "An empty figure with two rows of `n` axes at fixed places, and the axes of a colour bar."
-    height, width = 2 * (SIDE * aspect + TITLE) + HEAD + FOOT, n * (SIDE + GAP) + GAP + BAR
+def _board(n, aspect, masks):
+    "An empty figure with two rows of `n` axes at fixed places, the axes of a colour bar, and room for the names of the masks' classes."
+    width = n * (SIDE + GAP) + GAP + BAR
+    foot = FOOT + .2 * max(0, legend_rows(masks, width) - 2)
+    height = 2 * (SIDE * aspect + TITLE) + HEAD + foot
     fig = Page(figsize=(width, height), dpi=96)
     def place(left, bottom, w, h): return fig.add_axes([left / width, bottom / height, w / width, h / height])
-    bottoms = (FOOT + SIDE * aspect + TITLE, FOOT)
+    bottoms = (foot + SIDE * aspect + TITLE, foot)
     axes = [[place(GAP + j * (SIDE + GAP), bottom, SIDE, SIDE * aspect) for j in range(n)] for bottom in bottoms]
-    return fig, axes, place(width - BAR + .05, FOOT + .05 * SIDE, .12, .9 * SIDE * aspect)
+    return fig, axes, place(width - BAR + .05, foot + .05 * SIDE * aspect, .12, .9 * SIDE * aspect)
 
 # %% ../nbs/12_explore.ipynb #be734db4
 def draw_board(
@@ -45,7 +46,7 @@ def draw_board(
 ):  # Figure
     "Two rows of panels: what networks answer, and where they look."
     height, width = columns[0][1][0].shape[:2]
-    fig, axes, bar = _board(len(columns), height / width)
+    fig, axes, bar = _board(len(columns), height / width, masks)
     for j, (heading, *panels) in enumerate(columns):
         axes[0][j].annotate(heading, (.5, 1), xycoords='axes fraction', xytext=(0, 16), textcoords='offset points', ha='center', fontsize=10, weight='bold')
         for ax, panel in zip((axes[0][j], axes[1][j]), panels):
@@ -117,8 +118,7 @@ class AttentionExplorer(widgets.VBox):
     def _try_layers(self, name):
         "The size of a network's logits, (H, W)."
         model, paths = self.models[name], list({choice[name]: None for choice in self.layers.values()})
-        like = next(model.parameters(), self.x)
-        with torch.no_grad(): return map_forward(model, self.x[:1].to(like.device, like.dtype), paths, start_graph=False)[0].shape[-2:]
+        with torch.no_grad(): return class_attention(model, _input_of(model, self.x[:1]), None, paths, region='all', classes=[0]).logits.shape[-2:]
 
 # %% ../nbs/12_explore.ipynb #a66ff839
 @patch
@@ -180,11 +180,12 @@ def _column(self: AttentionExplorer, name, first):
     i, c, region, picture = self.image.value, self.asked.value, self.region.value, self.pictures[self.image.value]
     predicted, attention = self._predicted(name, i), self._map(name)
     score = float('nan') if self.mask is None else class_iou(predicted, self.mask[i], c)
+    inside = predicted == c if self.mask is None else (predicted == c) & (self.mask[i] != VOID)
     title = maximum(attention)
-    if region == 'predicted' and not (predicted == c).any(): title = f'{self.vocab[c]} is not predicted'
+    if region == 'predicted' and self.method.value != 'activation' and not inside.any(): title = f'{self.vocab[c]} is not predicted'
     elif first is not attention and attention.any() and first.any():
         title += f', distance {map_distance(attention[None, None], first[None, None], None if self.mask is None else self.mask[i:i + 1]).item():.2f}'
-    outline = {'predicted': predicted == c, 'label': self.mask is not None and self.mask[i] == c}.get(region)
+    outline = {'predicted': inside, 'label': self.mask is not None and self.mask[i] == c}.get(region)
     return (name, (overlay_mask(picture, predicted, self.opacity.value), '' if score != score else f'{self.vocab[c]} IoU {score:.2f}', None),
             (overlay_map(picture, attention, self.opacity.value), f'{_short(self.layers[self.layer.value][name])}\n{title}', outline))
 
@@ -196,11 +197,11 @@ def _draw(self: AttentionExplorer):
     "The board for what the controls say."
     i, c, picture = self.image.value, self.asked.value, self.pictures[self.image.value]
     truth = None if self.mask is None else self.mask[i]
-    if self.region.value == 'label' and not (truth == c).any():
+    if self.region.value == 'label' and self.method.value != 'activation' and not (truth == c).any():
         raise ValueError(f"no pixel of image {i} is labelled {self.vocab[c]!r}: choose another class, or the region 'predicted' or 'all'")
     first = self._map(next(iter(self.models)))
     columns = [self._column(name, first) for name in self.models]
-    below = None if truth is None else (overlay_mask(picture, truth, self.opacity.value), 'truth', truth == c)
+    below = None if truth is None else (overlay_mask(picture, truth, self.opacity.value), 'truth', truth == c if self.region.value == 'label' else None)
     fig = draw_board([(f'image {i}', (picture, '', None), below), *columns], [self._predicted(name, i) for name in self.models] + ([] if truth is None else [truth]), self.vocab)
     if self.region.value == 'pixel':
         for ax in (ax for ax in fig.axes[:-1] if ax.images):
@@ -223,6 +224,7 @@ def _fail(self: AttentionExplorer, error):
 def _update(self: AttentionExplorer, change=None):
     "Draw what the controls say."
     start = time.perf_counter()
+    if self.note and self._marks() != self._noted: self.note = ''  # it was true of another state
     self.pixel.layout.display = None if self.region.value == 'pixel' else 'none'
     try:
         self.figure = self._draw()
@@ -250,7 +252,7 @@ def _save(self: AttentionExplorer, button=None):
     "Write the figure to the file named beside the button."
     if self.figure is None: return self._say('there is no picture to save', wrong=True)
     try: self._say(f'saved as {save_new(self.figure, self.file.value)}')
-    except (OSError, ValueError) as error: self._say(f'not saved: {error}', wrong=True)
+    except Exception as error: self._say(f'not saved: {error}', wrong=True)
 
 def save_new(
     fig,  # Figure
@@ -276,7 +278,7 @@ def refresh(self: AttentionExplorer,
     "Forget all answers, and draw again."
     if not self.models: raise ValueError('this explorer is closed: make another')
     self._answers.clear()
-    self.note = note
+    self.note, self._noted = note, self._marks()
     if self.mask is None: self._offer_classes()  # the classes that are predicted may be others now
     else: self._update()
 
@@ -285,11 +287,15 @@ def close(self: AttentionExplorer):
     "Close all controls, and let go of the networks; twice does no harm."
     for control in _inside(self):
         control.unobserve_all()
-        control.close()
+        for part in (getattr(control, 'style', None), control.layout, control): part and part.close()
     self.save and self.save.on_click(self._save, remove=True)
     self.models, self.figure = {}, None
     self._answers.clear()
+    self.layout.close()
     widgets.VBox.close(self)
+
+@patch
+def _marks(self: AttentionExplorer): return [_state_mark(model) for model in self.models.values()]
 
 def _inside(box): return [each for child in box.children for each in ([child] + (_inside(child) if isinstance(child, widgets.Box) else []))]
 
@@ -311,16 +317,20 @@ class Follow(Callback):
 
     def before_fit(self):
         "Check that there will be something to see."
-        self.drawn = True
+        self.drawn, self.whole = True, True
         self.run = self.explorer is not None and not rank_distrib() and not any(hasattr(self.learn, name) for name in ('lr_finder', 'gather_preds'))
         if self.run and not any(unwrapped(model) is unwrapped(self.learn.model) for model in self.explorer.models.values()):
             raise ValueError(f"none of the explorer's networks ({', '.join(self.explorer.models) or 'it is closed'}) is the learner's: make it with learn.model, as in AttentionExplorer({{'student': learn.model}}, ...)")
 
-    def after_train(self): self.drawn = False
+    def before_batch(self):
+        "From here on the picture is an old one."
+        if self.training: self.drawn, self.whole = False, False
+
+    def after_train(self): self.whole = True
 
     def after_epoch(self):
         "Draw, if something was trained and the panel is still open."
-        if not self.drawn and self.explorer.models: self.explorer.refresh(f'after epoch {self.epoch + 1} of {self.n_epoch}')
+        if not self.drawn and self.explorer.models: self.explorer.refresh(f'{"after" if self.whole else "in"} epoch {self.epoch + 1} of {self.n_epoch}')
         self.drawn = True
 
     def after_fit(self): self.after_epoch()  # a fit that was stopped early missed the last one

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['denormalize', 'overlay_map', 'overlay_mask', 'class_index', 'largest_class', 'class_iou', 'predictions', 'raw_maps',
-           'checked_input', 'layer_of_each', 'draw_panel', 'map_bar', 'class_legend', 'Page', 'maximum',
+           'checked_input', 'layer_of_each', 'draw_panel', 'map_bar', 'legend_rows', 'class_legend', 'Page', 'maximum',
            'show_attention']
 
 # %% ../nbs/08_figures.ipynb #dbab763f
@@ -240,16 +240,26 @@ def map_bar(
     bar.set_label('share of the map\'s\nown maximum', fontsize=8)
     bar.ax.set_yticks([0, .5, 1], ['0', 'half', 'max'], fontsize=8)
 
+def _named(masks): return sorted({c for mask in masks for c in mask.unique().tolist()} - {0})
+def _columns(width): return max(2, int(width))
+
+def legend_rows(
+    masks,  # list of int tensors (H, W)
+    width,  # float, of the figure, inches
+):  # int
+    "How many rows `class_legend` takes, for whoever lays out a figure by hand."
+    return -(-len(_named(masks)) // _columns(width))
+
 def class_legend(
     fig,  # Figure
     masks,  # list of int tensors (H, W)
     vocab,  # class names
 ):
     "The names of the classes in some masks, each beside its colour, below the grid."
-    present = sorted({c for mask in masks for c in mask.unique().tolist()} - {0})
+    present = _named(masks)
     colours = overlay_mask(np.full((1, len(present), 3), .5), np.array([present], dtype=int))[0] if present else []
     patches = [Patch(color=colour, label='void' if c == VOID else vocab[c]) for c, colour in zip(present, colours)]
-    if patches: fig.legend(handles=patches, loc='outside lower center', ncols=max(2, int(fig.get_figwidth())), fontsize=8, frameon=False, handlelength=1, columnspacing=1.2)
+    if patches: fig.legend(handles=patches, loc='outside lower center', ncols=_columns(fig.get_figwidth()), fontsize=8, frameon=False, handlelength=1, columnspacing=1.2)
 
 # %% ../nbs/08_figures.ipynb #54f911c9
 class Page(Figure):

@@ -114,7 +114,7 @@ class TeacherCheck:
         of = self.values()
         if not of['teacher_iou'] <= of['student_iou']: return None
         return (f"on the training batches of this epoch the teacher's mean IoU was {of['teacher_iou']:.3f} (task loss {of['teacher_loss']:.3f}) and the student's "
-                f"{of['student_iou']:.3f}: it has little to teach there. Check the teacher's normalisation and order of classes, and whether it can read crops of this size and scale")
+                f"{of['student_iou']:.3f}: either it has little to teach there (check its normalisation, its order of classes, and whether it can read crops of this size and scale), or the student knows few images by heart by now, and only validation tells")
 
 # %% ../nbs/07_distill.ipynb #b4595b41
 @patch

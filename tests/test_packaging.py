@@ -1,7 +1,7 @@
 """What a user's pip gets: the wheel's content and metadata, and what importing it costs."""
-import ast, json, shutil, subprocess, sys, zipfile
+import ast, json, re, shutil, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
-from importlib.metadata import PathDistribution
+from importlib.metadata import Distribution, PathDistribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,16 @@ import tomllib
 from packaging.requirements import Requirement
 
 root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root/'tools'))
+from sources import sources
+
 modules = sorted(path.stem for path in (root/'camkd_nb').glob('*.py') if path.stem[0] != '_')
 settings = ConfigParser(delimiters='=', interpolation=None)
 settings.read(root/'settings.ini', encoding='utf-8')
 pyproject = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
+
+
+extras = {key.removesuffix('_requirements') for key in settings['DEFAULT'] if key.endswith('_requirements')}
 
 
 def lines(key): return settings['DEFAULT'][key].strip().splitlines()
@@ -25,20 +31,26 @@ def python(code):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def copy_sources(folder):
+    for name in sources(root):
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/name, folder/name)
+    return folder
+
+
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    "The unpacked wheel, built by way of the source distribution from a copy of the checkout"
-    folder = tmp_path_factory.mktemp('wheel')
-    listed = subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=root, capture_output=True, text=True, check=True)
-    for name in listed.stdout.split('\0'):
-        if (root/name).is_file():
-            (folder/'source'/name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(root/name, folder/'source'/name)
-    done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, folder/'source'],
-                          capture_output=True, text=True)
+def built(tmp_path_factory):
+    "A folder with the source distribution, and the wheel built by way of it from a copy of the checkout, unpacked as well"
+    folder = tmp_path_factory.mktemp('built')
+    source = copy_sources(folder/'source')
+    done = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     zipfile.ZipFile(next(folder.glob('*.whl'))).extractall(folder/'wheel')
-    return folder/'wheel'
+    return folder
+
+
+@pytest.fixture(scope='module')
+def wheel(built): return built/'wheel'
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +60,8 @@ def metadata(wheel): return PathDistribution(next(wheel.glob('*.dist-info')))
 def test_wheel_holds_every_requirement_of_settings(metadata):
     required = set(map(Requirement, metadata.requires))
     assert required == {*map(Requirement, lines('requirements')),
-                        *(Requirement(f'{line}; extra == "dev"') for line in lines('dev_requirements'))}
+                        *(Requirement(f'{line}; extra == "{extra}"') for extra in extras for line in lines(f'{extra}_requirements'))}
+    assert set(metadata.metadata.get_all('Provides-Extra')) == extras
 
 
 def test_wheel_holds_keywords_classifiers_and_commands(metadata):
@@ -61,8 +74,58 @@ def test_wheel_holds_every_module_and_the_weights(wheel):
     shipped = {path.name for path in (wheel/'camkd_nb').iterdir()}
     assert shipped >= {path.name for path in (root/'camkd_nb').glob('*.py')}
     assert (wheel/'camkd_nb/weights/toy_teacher.pth').exists()
+    assert (wheel/'camkd_nb/py.typed').exists(), 'type checkers skip a package without it'
     weights = [path for path in (root/'camkd_nb').rglob('*.pth') if path.stat().st_size > 3_000_000]
     assert not weights, 'weights that ship have at most 3 MB'
+
+
+def test_source_distribution_can_run_its_tests(built):
+    with tarfile.open(next(built.glob('*.tar.gz'))) as archive: held = {name.partition('/')[2] for name in archive.getnames()}
+    assert not set(sources(root)) - held
+
+
+def imported(path):
+    "The top-level modules that a file imports from elsewhere, also inside functions"
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): found |= {alias.name.partition('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level: found.add(node.module.partition('.')[0])
+    return found - sys.stdlib_module_names - {'camkd_nb'}
+
+
+def test_requirements_are_what_the_package_imports():
+    used = set().union(*map(imported, (root/'camkd_nb').glob('*.py')))
+    distributions = packages_distributions()  # PIL -> pillow
+    needed = {distributions[module][0].lower() for module in used}
+    declared = {Requirement(line).name.lower() for key in settings['DEFAULT'] if key.endswith('requirements') and key != 'dev_requirements' for line in lines(key)}
+    assert declared == needed
+
+
+def described(folder, url):
+    "The description that the package index shows when settings.ini has this `repository_url`"
+    text = (root/'settings.ini').read_text(encoding='utf-8')
+    set_url = re.sub(r'^repository_url =.*$', f'repository_url = {url}', text, flags=re.M)
+    source = copy_sources(folder/'source')
+    (source/'settings.ini').write_text(set_url, encoding='utf-8')
+    done = subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', folder], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metadata = Distribution.at(folder/'camkd_nb.egg-info').metadata
+    assert metadata['Description-Content-Type'] == 'text/markdown'
+    return metadata.get_payload()
+
+
+def targets(text): return re.findall(r'\]\(([^)\s]+)\)|\bsrc="([^"]+)"', re.sub(r'^```.*?^```', '', text, flags=re.M | re.S))
+
+
+def test_description_is_the_readme_while_there_is_no_address(tmp_path):
+    assert described(tmp_path, '').strip() == (root/'README.md').read_text(encoding='utf-8').strip()
+
+
+def test_description_has_full_addresses_where_there_is_one(tmp_path):
+    text = described(tmp_path, 'https://github.com/someone/camkd_nb')
+    assert '](https://raw.githubusercontent.com/someone/camkd_nb/main/nbs/images/' in text
+    assert '](https://github.com/someone/camkd_nb/blob/main/nbs/00_voc.ipynb)' in text
+    assert not [found for found in targets(text) if not re.match('https://|#', ''.join(found))]
 
 
 def test_version_has_one_home(metadata):
@@ -72,21 +135,25 @@ def test_version_has_one_home(metadata):
     assert metadata.version == version
 
 
-def test_import_costs_little_more_than_fastai():
-    "Best of three forks each, CPU seconds, with fastai.vision.all imported before the fork"
-    costs = python(f'''
-import importlib, json, multiprocessing, time
+def test_import_loads_little_more_than_fastai():
+    "The packages that a module loads on top of `fastai.vision.all`, each module in a fork of its own"
+    loaded = python(f'''
+import importlib, json, multiprocessing, sys
 import fastai.vision.all
 
-def cost(name):
-    start = time.process_time()
+def packages(): return {{name.partition('.')[0] for name in sys.modules}} - set(sys.stdlib_module_names) - {{'camkd_nb'}}
+
+def loads(name):
+    before = packages()
     importlib.import_module('camkd_nb.' + name)
-    return time.process_time() - start
+    return sorted(packages() - before)
 
 with multiprocessing.get_context('fork').Pool(1, maxtasksperchild=1) as pool:
-    print(json.dumps({{name: min(pool.map(cost, [name] * 3, chunksize=1)) for name in {modules}}}))
+    print(json.dumps(dict(zip({modules}, pool.map(loads, {modules}, chunksize=1)))))
 ''')
-    assert {name: cost for name, cost in costs.items() if cost > 0.3} == {}
+    widgets = {'IPython', 'comm', 'ipywidgets', 'jupyterlab_widgets', 'pygments', 'traitlets', 'widgetsnbextension'}
+    extra = {name: set(found) - (widgets if name == 'explore' else set()) for name, found in loaded.items()}
+    assert {name: found for name, found in extra.items() if found} == {}
 
 
 @pytest.mark.parametrize('module, heavy', [('voc', 'torch'), ('attention', 'fastai'), ('losses', 'fastai')])

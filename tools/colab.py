@@ -4,21 +4,15 @@ The address is `repository_url` in settings.ini. While it is empty no notebook h
 With --check, write nothing and fail where a notebook is not in step with the setting.
 """
 import argparse, sys
-from configparser import ConfigParser
 from hashlib import sha256
 from pathlib import Path
 
 import nbformat
 
+from address import repository_url
+
 root = Path(__file__).resolve().parents[1]
 mark = '#| hide\n#| eval: false\n# Set up on Colab; elsewhere it does nothing.\n'
-
-
-def repository_url(root=root):
-    "The setting, without a slash at its end; empty where it is not set"
-    settings = ConfigParser(delimiters='=', interpolation=None)
-    settings.read(root/'settings.ini', encoding='utf-8')
-    return settings['DEFAULT']['repository_url'].rstrip('/').removesuffix('.git')
 
 
 def notebooks(root=root): return sorted(path for path in (root/'nbs').rglob('*.ipynb') if not any(part[0] in '_.' for part in path.relative_to(root).parts) and path.name != 'index.ipynb')

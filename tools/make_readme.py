@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 
-from colab import colab_link, repository_url
+from address import fenced, repository_url
+from colab import colab_link
 
 root = Path(__file__).resolve().parents[1]
 source, target = root/'nbs/index.ipynb', root/'README.md'
@@ -20,7 +21,6 @@ header = '<!-- Generated from nbs/index.ipynb by tools/make_readme.py: edit the 
 directive_line = re.compile(r'#\s*\|\s*([^\s:]+):?[ \t]*(.*?)[ \t]*(?:\n|$)')
 relative_link = re.compile(r'(\]\(|\b(?:src|href)=")(?![a-z][a-z0-9+.-]*:|[#/])', re.I)
 spare_lines = re.compile(r'\n(?:[ \t]*\n){2,}(?!    )')  # not those inside a cell's output
-fenced = re.compile(r'(^```.*?^```$)', re.M | re.S)
 
 
 def split_directives(code):

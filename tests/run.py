@@ -1,87 +1,199 @@
-"""The tests: each notebook alone in its own process, two at a time, then pytest.
+"""The tests: each notebook and each of pytest's files in a process of its own, the longest first.
 
-    python tests/run.py                                      # everything
+    python tests/run.py                                      # everything but the pages of nbs/benchmarks
+    python tests/run.py --all                                # these as well
     python tests/run.py nbs/03_metrics.ipynb nbs/tutorials   # some notebooks
     python tests/run.py tests/test_packaging.py              # some of pytest's tests
 
 The last line reads `N passed, N failed` and counts notebooks and pytest's tests alike.
 A notebook of which no cell runs by default is skipped, and counts as neither.
+
+The processes are forks (Linux, macOS) of one that has imported torch and fastai, but never camkd_nb. A job that is
+alone imports all that itself, and shows what a notebook forgot to import because fastai had done so.
 """
-import argparse, os, subprocess, sys, sysconfig, tempfile, time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import argparse, faulthandler, gc, importlib, json, os, shutil, signal, sys, tempfile, time, traceback
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
+import pytest
 from nbdev.config import get_config
-from nbdev.test import nb_test_cells
+from nbdev.test import nb_test_cells, test_nb
 
-root = Path(__file__).resolve().parents[1]
-nbdev_test = Path(sysconfig.get_path('scripts'))/'nbdev-test'
-skip_flags = get_config(root).tst_flags.split()
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two workers with one thread each beat two with several
+root = Path(__file__).resolve().parents[1]
+sys.path[0] = str(root)  # instead of tests/
+benchmarks = root/'nbs/benchmarks'
+durations = root/'tests/durations.json'  # CPU seconds of an earlier run: a hint for the order, no more
+shared = 'torch', 'torchvision', 'fastai.vision.all', 'ipywidgets', 'matplotlib_inline.backend_inline', 'nbformat'
+skip_flags = get_config(root).tst_flags.split()
+grace = 15  # seconds from the interrupt to the kill, in which servers and browsers are closed
 
 
-def is_source(path): return path.suffix == '.ipynb' and not any(part[0] in '_.' for part in path.relative_to(root).parts)
+@dataclass
+class Job:
+    path: Path
+    folder: Path  # of its own: temporary files, what it printed, what it found
+    deadline: float
+    start: float
+    pid: int = 0
+    signal: int = signal.SIGINT  # the next to be sent; a notebook answers an interrupt with a traceback
+    seconds = cpu = passed = failed = skipped = 0
+
+    def send(self, number):
+        "Signal the process and all that it started"
+        with suppress(ProcessLookupError, PermissionError): os.killpg(self.pid, number)
 
 
-def notebooks(path):
-    "The notebooks at or below `path`; the later in the book, the longer it runs, so the last come first"
-    found = [path] if path.is_file() else path.rglob('*.ipynb')
-    return sorted(filter(is_source, found), reverse=True)
+def name(path):
+    "A notebook without `nbs/`, as in the book; a test with `tests/`"
+    base = next((base for base in (root/'nbs', root) if path.is_relative_to(base)), '/')
+    return path.relative_to(base).with_suffix('').as_posix()
 
 
-def run_notebook(path):
-    "`ok`, `skip` or `FAILED`, the seconds it took, and what it printed"
-    start = time.perf_counter()
-    done = subprocess.run([nbdev_test, path, '--cell-timeout', '300'], cwd=root, text=True,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    seconds = time.perf_counter() - start
-    if done.returncode or 'Success.' not in done.stdout:  # nbdev-test exits with 0 when it finds nothing to test
-        return 'FAILED', seconds, f'{done.stdout}exit status {done.returncode}'
-    return 'ok' if nb_test_cells(path, skip_flags) else 'skip', seconds, ''
+def find(path, every):
+    "The jobs at or below `path`: notebooks in nbs, elsewhere pytest's files"
+    if path.is_file(): return [path]
+    files = sorted(path.rglob('*.ipynb' if path.is_relative_to(root/'nbs') else 'test_*.py'))
+    files = [file for file in files if not any(part[0] in '_.' for part in file.relative_to(path).parts)]
+    return [file for file in files if every or path.is_relative_to(benchmarks) or not file.is_relative_to(benchmarks)]
 
 
-def run_notebooks(paths, workers):
-    "Run notebooks, print a line for each, return how many passed and failed"
-    count = Counter()
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(run_notebook, path): path.relative_to(root/'nbs').with_suffix('') for path in paths}
-        for job in as_completed(jobs):
-            status, seconds, output = job.result()
-            print(f'{status:6} {jobs[job]} {seconds:.1f} s', output, sep='\n' if output else '', flush=True)
-            count[status] += 1
-    return count['ok'], count['FAILED']
+def run_notebook(path, args):
+    "How many passed, failed and were skipped: one, run as nbdev-test does"
+    flags = args.flags.split()
+    passed, _ = test_nb(path, skip_flags, flags, basepath=root, cell_timeout=args.cell_limit)
+    if not passed: return 0, 1, 0
+    return (1, 0, 0) if nb_test_cells(path, skip_flags, flags) else (0, 0, 1)
 
 
-def run_pytest(paths):
-    "Run pytest, return how many of its tests passed and failed"
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder)/'report.xml'
-        code = subprocess.run([sys.executable, '-m', 'pytest', '-q', f'--junitxml={report}', *paths], cwd=root).returncode
-        if not report.exists(): return 0, 1
-        suite = ElementTree.parse(report).find('testsuite')
-    total, skipped, failures, errors = (int(suite.get(key)) for key in ('tests', 'skipped', 'failures', 'errors'))
-    failed = failures + errors
-    return total - skipped - failed, failed or int(code != 0)
+class Counts:
+    "Counts pytest's tests; one that cannot be collected, set up or taken down has failed"
+    def __init__(self): self.passed = self.failed = self.skipped = 0
+    def pytest_collectreport(self, report): self.failed += report.failed; self.skipped += report.skipped
+    def pytest_runtest_logreport(self, report):
+        self.pytest_collectreport(report)
+        self.passed += report.passed and report.when == 'call'
+
+
+def run_pytest(path):
+    "How many tests of a file passed, failed and were skipped"
+    counts, quiet = Counts(), 'ignore::pytest.PytestAssertRewriteWarning'  # its plugins may have been imported
+    code = pytest.main(['-q', '-W', quiet, str(path)], plugins=[counts])
+    fine = code == pytest.ExitCode.OK or code == pytest.ExitCode.NO_TESTS_COLLECTED and counts.skipped
+    return counts.passed, counts.failed or int(not fine), counts.skipped
+
+
+def child(job, args):
+    "Run a job in the process that was forked for it, and end the process"
+    try:
+        os.setpgid(0, 0)
+        output = os.open(job.folder/'output', os.O_WRONLY | os.O_CREAT)
+        for source, target in (os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2): os.dup2(source, target)
+        sys.stdout.reconfigure(line_buffering=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+        faulthandler.enable()
+        os.environ['TMPDIR'], tempfile.tempdir = str(job.folder), None
+        os.chdir(root)
+        found = run_notebook(job.path, args) if job.path.suffix == '.ipynb' else run_pytest(job.path)
+        (job.folder/'found.json').write_text(json.dumps(found))
+        os._exit(int(found[1] > 0))
+    except BaseException: traceback.print_exc()
+    finally: os._exit(1)
+
+
+def start(path, running, folder, args):
+    "Fork a process for a job, and add it to those that are running"
+    now = time.monotonic()
+    print('start ', name(path), flush=True)
+    job = Job(path, Path(tempfile.mkdtemp(dir=folder, prefix='')), now + args.limit, now)
+    job.pid = os.fork()
+    if not job.pid: child(job, args)
+    running[job.pid] = job
+    with suppress(OSError): os.setpgid(job.pid, job.pid)  # here as well as there: neither need wait for the other
+
+
+def reap(running):
+    "The next job that has ended, or None; those over their limit are told to end"
+    pid, status, usage = os.wait4(-1, os.WNOHANG)
+    now = time.monotonic()
+    if job := running.pop(pid, None):
+        job.send(signal.SIGKILL)  # what it left running
+        job.seconds, job.cpu = now - job.start, usage.ru_utime + usage.ru_stime
+        conclude(job, os.waitstatus_to_exitcode(status))
+        return job
+    for job in running.values():
+        if now > job.deadline:
+            job.send(job.signal)
+            job.signal, job.deadline = signal.SIGKILL, now + grace
+    time.sleep(.05)
+
+
+def conclude(job, code):
+    "Read what a job found, and print a line about it; where it failed, all that it printed"
+    found = job.folder/'found.json'
+    if found.exists(): job.passed, job.failed, job.skipped = json.loads(found.read_text())
+    job.failed = job.failed or int(code != 0 or not found.exists())
+    status = 'FAILED' if job.failed else 'ok' if job.passed else 'skip'
+    tests = f', {job.passed} passed, {job.skipped} skipped' if job.path.suffix == '.py' else ''
+    print(f'{status:6} {name(job.path)} {job.seconds:.1f} s, {job.cpu:.1f} s CPU{tests}', flush=True)
+    if not job.failed: return
+    print((job.folder/'output').read_text(errors='replace'))
+    if job.signal == signal.SIGKILL: print('stopped by an interrupt, or at its limit')
+    print(f'exit status {code}' if code >= 0 else f'ended by {signal.Signals(-code).name}', flush=True)
+
+
+def run(paths, args):
+    "Run all jobs, `args.workers` at a time"
+    waiting, running, ended, folder = paths[::-1], {}, [], tempfile.mkdtemp(prefix='camkd-')
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.workers: start(waiting.pop(), running, folder, args)
+            if job := reap(running): ended.append(job)
+        return ended
+    finally:
+        try:  # after an interrupt: kindly at first
+            for job in running.values(): job.deadline = 0
+            while running: reap(running)
+        finally:
+            for job in running.values(): job.send(signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('paths', nargs='*', type=Path, help='notebooks, files for pytest, or folders of them')
+    parser.add_argument('--all', action='store_true', help='the pages of nbs/benchmarks as well')
+    parser.add_argument('--flags', default='', help='run cells under these directives as well: "slow cuda"')
+    parser.add_argument('--workers', type=int, default=2, help='jobs that run at the same time')
+    parser.add_argument('--limit', type=float, default=1200, help='seconds after which a job has failed')
+    parser.add_argument('--cell-limit', type=int, default=300, help='seconds after which a cell has failed')
+    parser.add_argument('--store-durations', action='store_true', help=f'rewrite {durations.name}')
+    args = parser.parse_args()
+    args.paths = [path.resolve() for path in args.paths] or [root/'nbs', root/'tests']
+    if missing := [str(path) for path in args.paths if not path.exists()]: parser.error(f'no such file: {missing}')
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('paths', nargs='*', type=Path, help='notebooks, folders of notebooks, or files for pytest')
-    parser.add_argument('--workers', type=int, default=2, help='notebooks that run at the same time')
-    args = parser.parse_args()
-    paths = [path.resolve() for path in args.paths] or [root/'nbs', root/'tests']
-    if missing := [str(path) for path in paths if not path.exists()]: parser.error(f"no such file: {', '.join(missing)}")
-    in_nbs = [path for path in paths if path.is_relative_to(root/'nbs')]
-    for_pytest = [path for path in paths if path not in in_nbs]
-    found = [notebook for path in in_nbs for notebook in notebooks(path)]
-    if in_nbs and not found: sys.exit('no notebooks found')
-    results = [run_notebooks(found, args.workers)]
-    if for_pytest: results.append(run_pytest(for_pytest))
-    passed, failed = map(sum, zip(*results))
-    print(f'{passed} passed, {failed} failed')
-    return int(failed > 0)
+    args = arguments()
+    known = json.loads(durations.read_text()) if durations.exists() else {}
+    jobs = list(dict.fromkeys(job for path in args.paths for job in find(path, args.all)))
+    if not jobs: sys.exit('no notebooks or tests found')
+    jobs.sort(key=lambda path: known.get(name(path), float('inf')), reverse=True)
+    if len(jobs) > 1: list(map(importlib.import_module, shared))
+    gc.freeze()  # no collection writes to the pages that the forks share
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ended = run(jobs, args)
+    if args.store_durations:
+        known |= {name(job.path): round(job.cpu) for job in ended if not job.failed}
+        there = {name(path) for path in find(root/'nbs', True) + find(root/'tests', True)}
+        durations.write_text(json.dumps({key: known[key] for key in sorted(there & known.keys())}, indent=0) + '\n')
+    slowest = [f'{name(job.path)} {job.seconds:.0f} s' for job in sorted(ended, key=lambda job: -job.seconds)[:5]]
+    print('slowest:', ', '.join(slowest))
+    if bad := [name(job.path) for job in ended if job.failed]: print('FAILED:', ', '.join(bad))
+    print(f'{sum(job.passed for job in ended)} passed, {sum(job.failed for job in ended)} failed')
+    return int(bool(bad))
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -5,7 +5,7 @@ from importlib.metadata import Distribution, PathDistribution, packages_distribu
 from pathlib import Path
 
 import pytest
-import tomllib
+import tomllib, yaml
 from packaging.requirements import Requirement
 
 root = Path(__file__).resolve().parents[1]
@@ -99,6 +99,18 @@ def test_requirements_are_what_the_package_imports():
     needed = {distributions[module][0].lower() for module in used}
     declared = {Requirement(line).name.lower() for key in settings['DEFAULT'] if key.endswith('requirements') and key != 'dev_requirements' for line in lines(key)}
     assert declared == needed
+
+
+def test_lower_bounds_can_be_tried():
+    "`.ci/run --lowest` turns `name>=1.2` into `name==1.2.*`"
+    assert [line for line in lines('requirements') if not re.fullmatch(r'[a-z]+>=[0-9.]+', line)] == []
+
+
+def test_every_python_of_ci_is_a_classifier():
+    jobs = yaml.safe_load((root/'.github/workflows/test.yml').read_text(encoding='utf-8'))['jobs']
+    tried = {leg['python'] for leg in jobs['test']['strategy']['matrix']['include']}
+    named = {line.rpartition(' ')[2] for line in lines('classifiers') if re.search(r':: 3\.\d+$', line)}
+    assert tried <= named and pyproject['project']['requires-python'] == f'>={min(tried)}'
 
 
 def described(folder, url):

@@ -3,19 +3,25 @@ import hashlib
 import http.server
 import io
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from camkd_nb.check import voc_check
+from camkd_nb.download import voc_add_sbd, voc_download
 from camkd_nb.toyvoc import toy_voc
-from camkd_nb.voc import voc_add_sbd, voc_check, voc_download, voc_items, write_mask
+from camkd_nb.voc import voc_items, write_mask
 
 base = 'VOCdevkit/VOC2012'
+root = Path(__file__).resolve().parents[1]
 
 
 class Server:
@@ -188,7 +194,7 @@ def test_sbd_goes_on_after_a_stop(sbd, serve, monkeypatch):
     root, data = sbd
     server = serve(data)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr('camkd_nb.voc.write_mask', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr('camkd_nb.download.write_mask', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
         voc_add_sbd(root, urls=[server.url], md5=md5(data), progress=False)
     assert not (root / 'ImageSets/Segmentation/trainaug.txt').exists()
     assert voc_add_sbd(root, urls=[server.url], md5=md5(data), progress=False).read_text().split() == ['a', 'b']
@@ -205,3 +211,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path, serve, archive):
     (tmp_path / '.unpacking-dead/VOCdevkit').mkdir(parents=True)
     fetch(tmp_path, serve(archive), archive)
     assert left(tmp_path) == ['VOCdevkit']
+
+
+@pytest.mark.parametrize('module', ['voc', 'check', 'download'])
+def test_data_can_be_checked_without_torch(module):
+    code = f"import camkd_nb.{module}, sys; assert not {{'torch', 'torchvision', 'fastai'}} & set(sys.modules)"
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=root)

@@ -113,6 +113,11 @@ def test_every_python_of_ci_is_a_classifier():
     assert tried <= named and pyproject['project']['requires-python'] == f'>={min(tried)}'
 
 
+def test_pages_of_ci_are_there():
+    text = (root/'.github/workflows/test.yml').read_text(encoding='utf-8')
+    assert [page for page in re.findall(r'\b(?:nbs|tests)/[\w./-]+', text) if not (root/page).exists()] == []
+
+
 def described(folder, url):
     "The description that the package index shows when settings.ini has this `repository_url`"
     text = (root/'settings.ini').read_text(encoding='utf-8')

@@ -144,6 +144,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'camkd_nb.distill._start': ('distill.html#_start', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._thinned': ('distill.html#_thinned', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._warn_of_teacher': ('distill.html#_warn_of_teacher', 'camkd_nb/distill.py'),
+                                  'camkd_nb.distill.fitting': ('distill.html#fitting', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill.verdict': ('distill.html#verdict', 'camkd_nb/distill.py')},
             'camkd_nb.distiller': { 'camkd_nb.distiller.Distiller': ('engine/distiller.html#distiller', 'camkd_nb/distiller.py'),
                                     'camkd_nb.distiller.Distiller.__call__': ( 'engine/distiller.html#distiller.__call__',

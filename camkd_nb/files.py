@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/files.ipynb #2bd61410
+# %% ../nbs/engine/files.ipynb #49a28544
 import hashlib, os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-# %% ../nbs/engine/files.ipynb #d47c1417
+# %% ../nbs/engine/files.ipynb #67750ff0
 @contextmanager
 def whole_file(
     file: str | Path,  # where the file is to appear
 ) -> Iterator[Path]:  # a path in the same folder, to write to
-    "Write to the path inside the block; the file takes its name when the block ends, and is removed if the block fails."
+    "Write to the path inside the block; the file takes its name at its end, and is removed if the block fails."
     file = Path(file)
     draft = file.with_name(f'.{file.name}.{uuid4().hex[:8]}.part')
     try:
@@ -25,18 +25,19 @@ def whole_file(
         os.replace(draft, file)
     finally: draft.unlink(missing_ok=True)
 
-# %% ../nbs/engine/files.ipynb #a74a8f41
+# %% ../nbs/engine/files.ipynb #2ab0878b
 def fingerprint(
     *parts: object,  # paths count by their contents, bytes as they are, all else by its `repr`
 ) -> str:  # 12 hexadecimal digits
     "A short hash of what a file was made from."
     digest = hashlib.sha256()
     for part in parts:
-        content = part.read_bytes() if isinstance(part, Path) else part if isinstance(part, bytes) else repr(part).encode()
+        if isinstance(part, Path): part = part.read_bytes()
+        content = part if isinstance(part, bytes) else repr(part).encode()
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/engine/files.ipynb #2acda866
+# %% ../nbs/engine/files.ipynb #176a818f
 def cache_dir() -> Path:  # made when it is missing
     "The user's cache folder of this package: $CAMKD_CACHE, else $XDG_CACHE_HOME/camkd_nb, else ~/.cache/camkd_nb."
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')

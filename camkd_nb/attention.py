@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from .explain import explain_classes
 from .layers import Taps, run_eagerly
 from .regions import Classes, Region, asked_classes, region_masks
 from .tensors import at_least_single, cell_share, eval_mode, full_precision, logits_of, resize_mask, unknown_name
@@ -245,3 +246,6 @@ def normalize_maps(
         unit = (flat - low) / (high - low).clamp(min=torch.finfo(flat.dtype).tiny)
     if how == 'softmax': unit = F.layer_norm(unit * flat.shape[2]**.5, flat.shape[2:]).softmax(2)
     return unit.view_as(maps)
+
+# %% ../nbs/05_attention.ipynb #d427b692
+explain_classes(globals())

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from fastprogress import progress_bar
 
+from .explain import explain_classes
 from .voc import VOID, check_mask, check_pair, read_image, read_mask, voc_classes, voc_palette, voc_root
 
 # %% ../nbs/engine/check.ipynb #98dd7d7c
@@ -141,3 +142,6 @@ def voc_check(
     empty = [f'SegmentationClass/{id}.png' for id, n in read if n[0] and not n[1:VOID].any()]
     known, sizes = counts[:, :len(vocab)], {name: len(named) for name, named in lists.items()}
     return TreeCheck(root, sizes, problems, empty, vocab, (known > 0).sum(0), known.sum(0), int(counts[:, VOID].sum()))
+
+# %% ../nbs/engine/check.ipynb #1d44e61c
+explain_classes(globals())

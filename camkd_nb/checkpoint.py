@@ -18,6 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 
+from .explain import explain_classes
 from .files import whole_file
 from .groups import fitting
 from .layers import unwrapped
@@ -140,3 +141,6 @@ class Checkpoint(Callback):
         "The fit is over: nothing to go on with."
         if self.run and not rank_distrib(): self.where.unlink(missing_ok=True)
         self.run = True
+
+# %% ../nbs/engine/checkpoint.ipynb #a9c38f69
+explain_classes(globals())

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np, torch
+import matplotlib.pyplot as plt, numpy as np, torch
 from PIL import Image
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL, show_results
@@ -27,6 +26,7 @@ from fastcore.basics import num_cpus
 from fasttransform import Transform
 from matplotlib.patches import Patch
 
+from .explain import explain_classes
 from .voc import VOID, check_mask, check_pair, color_mask, read_image, read_mask, voc_classes, voc_items
 
 # %% ../nbs/02_data.ipynb #32e9560b
@@ -275,8 +275,7 @@ def voc_dls(
     vocab, valid_items = voc_classes(path), voc_items(path, valid)
     items = training_items(voc_items(path, train), bs, n_train)
     both = len(set(items) & set(valid_items))
-    if both: warnings.warn(f'{both} images are in both {train!r} and {valid!r}: '
-                           'validation will look better than it is.')
+    if both: warnings.warn(f'{both} images are in both {train!r} and {valid!r}: validation will look too good.')
     if size is None: size = max(VOCImage.create(items[0][0]).size)
     if n_workers is None: n_workers = 0 if size <= 128 else min(8, num_cpus())
     block = DataBlock(
@@ -297,3 +296,5 @@ def _show_voc_results(x: TensorImage, y: TensorVOCMask, samples, outs, ctxs=None
             if mask is not None: mask.show(ctx=ax)
             ax.text(.5, -.03, what, transform=ax.transAxes, ha='center', va='top', fontsize=8)
     return ctxs
+
+explain_classes(globals())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .attention import MapMethod
 from .distiller import Distiller, named_terms
+from .explain import explain_classes
 from .groups import OwnGroup, fitting, same_gradients, same_start
 from .layers import Layers
 from .losses import ClassAttention, Distance
@@ -264,3 +265,6 @@ class CAMDistill(Distill):
         term = ClassAttention(weight, layers, region=region, max_classes=max_classes, method=method, signed=signed,
                               second_order=second_order, classes=classes, distance=distance)
         super().__init__(teacher, term, show_teacher=show_teacher)
+
+# %% ../nbs/07_distill.ipynb #eb23dfd2
+explain_classes(globals())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .attention import map_forward
+from .explain import explain_classes
 from .layers import Taps, is_compiled, unwrapped
 from .tensors import eval_mode, logits_of
 from .terms import Side, Step, Term
@@ -231,3 +232,6 @@ class Distiller(TappedPair):
     ) -> Losses:
         "One training step but for its end: the student, the task loss, the terms. Differentiate `total`."
         return _step(self, x, mask, loss_func, progress)
+
+# %% ../nbs/engine/distiller.ipynb #9bf687ba
+explain_classes(globals())

@@ -18,6 +18,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from torch import Tensor, nn
 
+from .explain import explain_classes
 from .metrics import ConfusionMatrix
 from .tensors import eval_mode, imagenet_stats, logits_of, resize
 from .voc import VOID, check_mask, check_pair, read_image, read_mask, voc_classes, voc_items, voc_root, write_mask
@@ -149,3 +150,6 @@ def evaluate(
             confusion.update(scores, torch.tensor(mask, device=like.device)[None])
             if folder: write_mask(_classes(scores), folder/files[1].name)
     return Evaluation(confusion.miou(), confusion.pixel_accuracy(), confusion.table(vocab), confusion.matrix.cpu())
+
+# %% ../nbs/engine/evaluate.ipynb #25ee4214
+explain_classes(globals())

@@ -16,6 +16,8 @@ from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from torch import nn
 
+from .explain import explain_classes
+
 # %% ../nbs/engine/groups.ipynb #4e0d676e
 def fitting(
     learn: Learner,
@@ -69,3 +71,6 @@ def same_gradients(
         if p.grad is None: p.grad = torch.zeros_like(p)
         torch.distributed.all_reduce(p.grad)
         p.grad /= num_distrib()
+
+# %% ../nbs/engine/groups.ipynb #1b244d62
+explain_classes(globals())

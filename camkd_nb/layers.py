@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from .explain import explain_classes
 from .tensors import eval_mode, unknown_name
 
 # %% ../nbs/engine/layers.ipynb #e4a3e15b
@@ -160,3 +161,6 @@ def match_layers(
         try: find_layers(unwrapped(model), paths)
         except ValueError as error: raise ValueError(f'{who}: {error}') from None
     return pairs
+
+# %% ../nbs/engine/layers.ipynb #af10f857
+explain_classes(globals())

@@ -6,7 +6,7 @@
 __all__ = ['PixelKD', 'map_distance', 'AttentionTransfer', 'ChannelKD', 'PairwiseKD', 'IFV', 'ClassAttention']
 
 # %% ../nbs/06_losses.ipynb #9b5319e9
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import MapMethod, Reading, class_maps, map_forward, map_method, needs_gradients
+from .explain import explain_classes
 from .layers import Layers
 from .regions import REGIONS, asked_classes, region_masks
 from .tensors import full_precision, resize, resize_mask
@@ -214,8 +215,19 @@ def _mean_distance(term, student, teacher, classes, mask):
 # %% ../nbs/06_losses.ipynb #4334a057
 Distance = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # maps (B, k, h, w) and (B, k, h', w'), mask -> (B, k)
 
+# %% ../nbs/06_losses.ipynb #91288a98
+class AsksForMaps(Term):
+    "A term that asks both networks for maps; a subclass may ask other questions, or change the teacher's answers."
+    def question(self, step: Step) -> tuple[Tensor, Tensor]:
+        "The classes asked of each image, (B, k), and the pixels of their scores, (B, k, H, W)."
+        return _ask(self, step)
+
+    def teacher_maps(self, step: Step, classes: Tensor, regions: Tensor) -> dict[str, Tensor]:
+        "The maps to be copied, path -> (B, k, h, w); a subclass may change them."
+        return {p: m.detach() for p, m in _maps(self, step.teacher, self.pairs.values(), classes, regions).items()}
+
 # %% ../nbs/06_losses.ipynb #1bdfc00f
-class ClassAttention(Term):
+class ClassAttention(AsksForMaps):
     "Squared distance between unit-length class attention maps of student and teacher."
     name = 'class_attention'
 
@@ -237,15 +249,14 @@ class ClassAttention(Term):
         self.second_order, self.classes, self.distance = second_order, classes, distance
         self.reads_maps = needs_gradients(map_method(method))
 
-    def teacher_maps(self, step: Step, classes: Tensor, regions: Tensor) -> dict[str, Tensor]:
-        "The maps to be copied, path -> (B, k, h, w): a subclass may change them."
-        return {p: m.detach() for p, m in _maps(self, step.teacher, self.pairs.values(), classes, regions).items()}
-
     def forward(self, step: Step) -> Tensor:
         "The mean distance of the maps that are asked for; 0 where none is."
-        classes, regions = _ask(self, step)
+        classes, regions = self.question(step)
         if classes.shape[1] == 0: return step.student.logits.new_zeros((), dtype=torch.float32)
         theirs, ours = self.teacher_maps(step, classes, regions), _student_maps(self, step, classes, regions)
         total: Tensor | float = 0.
         for a, b in self.pairs.items(): total = total + _mean_distance(self, ours[a], theirs[b], classes, step.mask)
         return total / len(self.pairs)
+
+# %% ../nbs/06_losses.ipynb #69b0fed9
+explain_classes(globals())

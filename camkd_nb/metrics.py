@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastai.learner import Learner, Metric
 from torch import Tensor, nn
 
+from .explain import explain_classes
 from .tensors import logits_of
 from .voc import VOID
 
@@ -238,3 +239,6 @@ class PixelAccuracy(_ConfusionMetric):
     "Share of the labelled pixels predicted right over the whole validation set: a metric for `Learner`."
     name = 'pixel_accuracy'
     def _read(self, confusion): return confusion.pixel_accuracy()
+
+# %% ../nbs/03_metrics.ipynb #3e7c248b
+explain_classes(globals())

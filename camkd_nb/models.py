@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model, get_model_weights, mobilenet_v2
 from torchvision.models.resnet import BasicBlock
 
-from .tensors import logits_of, resize, unknown_name
+from .explain import explain_classes
+from .tensors import resize, unknown_name
 from .weights import download_state, load_fitting, read_state
 
 # %% ../nbs/04_models.ipynb #eff989ae
@@ -238,7 +239,7 @@ def build_model(
     options = dict(output_stride=output_stride, pretrained=pretrained)
     if name == 'toy_teacher': return toy_teacher(n_classes, **options)
     head, backbone = name.split('_', 1)
-    return dict(pspnet=pspnet, deeplabv3=deeplabv3)[head](backbone, n_classes, **options)
+    return (pspnet if head == 'pspnet' else deeplabv3)(backbone, n_classes, **options)
 
 # %% ../nbs/04_models.ipynb #86dc247f
 def deeplabv3_mobilenetv2_voc(
@@ -262,10 +263,9 @@ def voc_teacher(
 ) -> nn.Module:  # images (B, 3, H, W) to a dict with the logits (B, 21, H, W) as 'out'
     "torchvision's DeepLabV3 for the classes of VOC, trained on COCO, at output stride 8 (MobileNetV3: 16)."
     if backbone not in VOC_TEACHERS: raise unknown_name('backbone', backbone, VOC_TEACHERS)
-    name = f'deeplabv3_{backbone}'
-    net = get_model(name, weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
-    published = get_model_weights(name).COCO_WITH_VOC_LABELS_V1
-    net.load_state_dict(read_state(weights) if weights else download_state(published))
+    net = get_model(name := f'deeplabv3_{backbone}', weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
+    kept = get_model_weights(name).COCO_WITH_VOC_LABELS_V1
+    net.load_state_dict(read_state(weights) if weights else download_state(kept))
     net.aux_classifier = None
     return net.eval()
 
@@ -297,3 +297,5 @@ def cost_table(
         with torch.no_grad(): ops, (_, *seconds) = flops(net, x), [_seconds(net, x) for _ in range(repeats + 1)]
         rows[name] = sum(p.numel() for p in parameters) / 1e6, ops / 1e9, sorted(seconds)[repeats // 2] * 1e3
     return pd.DataFrame.from_dict(rows, orient='index', columns=['parameters (M)', 'GFLOPs', 'latency (ms)'])
+
+explain_classes(globals())

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .explain import explain_classes
 from .layers import Layers, match_layers
 from .tensors import cell_share
 from .voc import VOID
@@ -184,3 +185,6 @@ def positive(
     "A `ValueError` unless the value is above 0."
     if not value > 0: raise ValueError(f'{name}={value}: give a number above 0')
     return value
+
+# %% ../nbs/engine/terms.ipynb #e365b845
+explain_classes(globals())

@@ -7,8 +7,13 @@ from nbdev.process import NBProcessor
 
 root = Path(__file__).resolve().parents[1]
 notebooks = sorted(path for path in (root/'nbs').rglob('*.ipynb') if not any(part[0] in '_.' for part in path.relative_to(root).parts))
-chapters = [path for path in notebooks if path.parent.name == 'nbs' and re.match(r'\d\d_', path.name)]
-modules = [path.stem[3:] for path in chapters]
+chapters = [path for path in notebooks if path.parent.name == 'engine' or path.parent.name == 'nbs' and re.match(r'\d\d_', path.name)]
+# The house from the ground up: a module imports only from those before it. Numbered pages are the course, the others
+# the engine room.
+floors = """explain files 00_voc check download 01_toyvoc 02_data tensors layers weights 04_models 03_metrics evaluate regions
+            05_attention terms 06_losses distiller groups 07_distill checkpoint drawing 08_figures training 09_demo study
+            pool board explore all""".split()
+modules = [re.sub(r'^\d\d_', '', page) for page in floors]
 machine_path = re.compile(r'(?<![\w.:/<+=~…])/[\w.-]+/[\w./-]+')
 widget_view = 'application/vnd.jupyter.widget-view+json'
 data_uri = re.compile(r'base64,[\w+/=]+')
@@ -58,8 +63,26 @@ def test_imports_have_cells_of_their_own(path):
     assert not [cell.source for cell in cells(path, 'code') if not exported & cell.directives_.keys() and mixed(cell)]
 
 
-@pytest.mark.parametrize('module', [name for name in modules if (root/f'camkd_nb/{name}.py').exists()])
-def test_module_imports_only_from_those_above(module):
+def test_every_page_of_the_house_has_its_floor():
+    "And each exports the module of its name"
+    assert sorted(floors) == sorted(path.stem for path in chapters)
+    exported = {re.search(r'#\| *default_exp (\w+)', path.read_text(encoding='utf-8'))[1] for path in chapters}
+    assert exported == set(modules) == {path.stem for path in (root/'camkd_nb').glob('*.py') if path.stem[0] != '_'}
+
+
+def imports_of(module):
+    "Pairs of a module of the package and a name that is imported from it; for `from . import x` the name is None"
     tree = ast.parse((root/f'camkd_nb/{module}.py').read_text(encoding='utf-8'))
-    imported = {node.module.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level and node.module}
-    assert imported <= set(modules[:modules.index(module)])
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level: continue
+        yield from ((node.module.split('.')[0], name.name) if node.module else (name.name, None) for name in node.names)
+
+
+@pytest.mark.parametrize('module', modules)
+def test_module_imports_only_from_those_below(module):
+    assert {other for other, _ in imports_of(module)} - {'__version__'} <= set(modules[:modules.index(module)])
+
+
+@pytest.mark.parametrize('module', modules)
+def test_no_private_name_crosses_a_module(module):
+    assert [name for _, name in imports_of(module) if name and name[0] == '_' and name != '__version__'] == []

@@ -90,10 +90,10 @@ def class_choices(
 
 # %% ../nbs/engine/board.ipynb #b86ac16d
 def state_mark(
-    model: nn.Module,
+    *models: nn.Module,
 ) -> int:
-    "Changes when a parameter or a statistic is replaced or changed in place."
-    tensors = [*model.parameters(), *model.buffers()]
+    "Changes when a parameter or a statistic of a network is replaced or changed in place."
+    tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
     return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
 
 def remembered(

@@ -13,13 +13,13 @@ with warnings.catch_warnings():
 
 # %% ../nbs/09_demo.ipynb #ef07b848
 import argparse, importlib, io, sys
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from fastai.torch_core import default_device, set_seed
@@ -27,11 +27,11 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from .distill import CAMDistill
+from .evaluate import evaluate
 from .figures import show_attention
 from .files import cache_dir, fingerprint, whole_file
 from .layers import match_layers
 from .losses import ClassAttention
-from .evaluate import evaluate
 from .metrics import ConfusionMatrix
 from .models import build_model, deeplabv3_mobilenetv2_voc, toy_teacher, voc_teacher
 from .tensors import eval_mode, logits_of
@@ -106,7 +106,7 @@ def compare(
     teacher: nn.Module,  # trained
     recipe: Recipe,
     seed: int = 0,  # fixes initial weights and batches
-    **options: object,  # of `CAMDistill`: layers, weight, region, max_classes
+    **options: Any,  # of `CAMDistill`: layers, weight, region, max_classes
 ) -> Outcome:
     "Train one student twice from the same start, without and with class attention distillation."
     set_seed(seed, reproducible=True)
@@ -133,14 +133,13 @@ def result_table(
     return '\n'.join(lines)
 
 # %% ../nbs/09_demo.ipynb #8beb4660
-@torch.no_grad()
 def image_scores(
     model: nn.Module,  # segmentation network
     x: Tensor,  # images, (B, 3, H, W)
     mask: Tensor,  # class indices, int64, (B, H, W)
 ) -> list[float]:  # B of them, NaN for an image of nothing but void
     "The mIoU of each image by itself."
-    with eval_mode(model): logits = logits_of(model(x))
+    with eval_mode(model), torch.no_grad(): logits = logits_of(model(x))
     return [ConfusionMatrix(logits.shape[1]).update(z[None], m[None]).miou() for z, m in zip(logits, mask)]
 
 def telling_images(
@@ -235,7 +234,7 @@ def _layers(text):
 
 def _student_builder(args, n_classes):
     pretrained = {None: False, 'imagenet': True}.get(args.pretrained, args.pretrained)
-    return partial(build_model, args.student, n_classes, pretrained, args.output_stride)
+    return partial(build_model, args.student, n_classes, pretrained=pretrained, output_stride=args.output_stride)
 
 def _check_arguments(args):
     for name in ('seeds', 'epochs', 'size', 'bs'):
@@ -269,7 +268,7 @@ def _examine(teacher, recipe):
 
 # %% ../nbs/09_demo.ipynb #32de18ce
 def run(
-    args: Namespace,  # as the command line gives it
+    args: argparse.Namespace,  # as the command line gives it
 ) -> list[Outcome]:
     "The main job: teacher, pairs of students, table and picture."
     _check_arguments(args)

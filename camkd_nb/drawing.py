@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from .explain import explain_classes
 from .tensors import resize
 from .voc import VOID, color_mask
 
@@ -156,3 +157,6 @@ def draw_grid(
         for ax, panel, region in zip(axes[:, j], panels, regions): draw_panel(ax, *panel, region if j else None)
     for ax, name in zip(axes[:, 0], rows): ax.set_ylabel(name, fontsize=9)
     return fig, axes
+
+# %% ../nbs/engine/drawing.ipynb #78a69fb2
+explain_classes(globals())

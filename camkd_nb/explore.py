@@ -20,12 +20,14 @@ from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
 from torch import Tensor, nn
 
-from .attention import METHODS, REGIONS, class_attention
+from .attention import METHODS, class_attention
 from .board import Choice, class_choices, draw_board, layer_choices, remembered, save_new, state_mark
 from .drawing import maximum, overlay_map, overlay_mask, short_path
+from .explain import explain_classes
 from .figures import checked_input, class_iou, input_for, largest_class, predictions, raw_maps
 from .layers import unwrapped
 from .losses import map_distance
+from .regions import REGIONS
 from .voc import VOC_CLASSES, VOID
 
 # %% ../nbs/engine/explore.ipynb #2294e7ef
@@ -33,8 +35,7 @@ def _begin(explorer, models, x, mask, layers, vocab, pictures):
     "Check what is to be explored, and keep it."
     explorer.x, explorer.mask, explorer.vocab, explorer.pictures = checked_input(models, x, mask, vocab, pictures)
     explorer.models, explorer.layers = dict(models), layer_choices(layers, models)
-    explorer.figure, explorer.note = None, ''
-    explorer.answers = {}  # mark of a network's state and the question -> tensor
+    explorer.figure, explorer.note, explorer.answers = None, '', {}  # answers: question -> tensor
     predictions(explorer.models, explorer.x[:1], explorer.vocab)
     explorer.logit_sizes = {name: _try_layers(explorer, name) for name in models}  # (H, W) each
 
@@ -165,7 +166,7 @@ def _fail(explorer, error):
 def _update(explorer, change=None):
     "Draw what the controls say."
     start = time.perf_counter()
-    if explorer.note and _marks(explorer) != explorer.noted: explorer.note = ''  # it was true of another state
+    if explorer.note and state_mark(*explorer.models.values()) != explorer.noted: explorer.note = ''  # of another state
     explorer.pixel.layout.display = None if explorer.region.value == 'pixel' else 'none'
     try:
         explorer.figure = _draw(explorer)
@@ -175,8 +176,6 @@ def _update(explorer, change=None):
     _say(explorer, f'{explorer.note and explorer.note + ": "}{explorer.vocab[explorer.asked.value]} in image '
          f'{explorer.image.value}, {explorer.layer.value}, {explorer.method.value}, {explorer.region.value}: '
          f'{1000 * (time.perf_counter() - start):.0f} ms')
-
-def _marks(explorer): return [state_mark(model) for model in explorer.models.values()]
 
 # %% ../nbs/engine/explore.ipynb #c11c5283
 def _offer_classes(explorer, change=None):
@@ -204,7 +203,7 @@ def _save(explorer, button=None):
 def _refresh(explorer, note):
     if not explorer.models: raise ValueError('this explorer is closed: make another')
     explorer.answers.clear()
-    explorer.note, explorer.noted = note, _marks(explorer)
+    explorer.note, explorer.noted = note, state_mark(*explorer.models.values())
     if explorer.mask is None: _offer_classes(explorer)  # the classes that are predicted may be others now
     else: _update(explorer)
 
@@ -295,3 +294,5 @@ class Follow(Callback):
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), 'explorer': None}  # an exported learner has no widget
+
+explain_classes(globals())

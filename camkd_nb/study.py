@@ -16,13 +16,15 @@ import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.torch_core import set_seed
 from matplotlib.axes import Axes
 from scipy.stats import t as student_t
-from torch import nn
+from torch import Tensor, nn
 
 from . import __version__
 from .distill import Distill
+from .evaluate import Evaluation, evaluate
+from .explain import explain_classes
 from .files import whole_file
-from .losses import ClassAttention, Relative, Term
-from .metrics import Evaluation, evaluate
+from .losses import ClassAttention
+from .terms import Relative, Step, Term
 from .training import Recipe, fit
 from .voc import voc_classes
 
@@ -145,10 +147,7 @@ class Method:
 # %% ../nbs/engine/study.ipynb #5cf797db
 def _given(term):
     "A term's options as they were given, `weight` and `layers` first."
-    if hasattr(term, 'options'): return {'weight': term.weight, 'layers': (), **term.options()}
-    own = 'calls', 'reads_maps', 'relative', 'pulls'
-    kept = {name: value for name, value in vars(term).items() if name not in own}
-    return {**kept, 'weight': term.relative or term.weight}
+    return {'weight': 1., 'layers': (), **term.options()}
 
 def _moments(weight): return [round(float(weight(progress)), 6) for progress in (0., .25, .5, .75, 1.)]
 
@@ -177,7 +176,7 @@ class Study:
     "Methods to compare on one recipe, student and teacher; finished trainings are rows of a CSV file."
     file: Path  # CSV; rows are added, never changed
     setting: str  # the comparison's name in the file
-    recipe: Recipe
+    recipe: Recipe  # of all trainings
     new_student: Callable[[], nn.Module]  # returns an untrained student
     teacher: nn.Module  # trained
     methods: Mapping[str, Method | Term | Sequence[Term]]  # name -> what differs; an empty list: plain training
@@ -290,5 +289,9 @@ def _difference(old, new):
 # %% ../nbs/engine/study.ipynb #92be2610
 class ShuffledAttention(ClassAttention):
     "A control: class attention with the maps of the image before it in the batch."
-    def _taught(self, step, classes, regions):
-        return {name: maps.roll(1, 0) for name, maps in super()._taught(step, classes, regions).items()}
+    def teacher_maps(self, step: Step, classes: Tensor, regions: Tensor) -> dict[str, Tensor]:
+        "The neighbour's maps, path -> (B, k, h, w)."
+        return {path: maps.roll(1, 0) for path, maps in super().teacher_maps(step, classes, regions).items()}
+
+# %% ../nbs/engine/study.ipynb #0b2d2446
+explain_classes(globals())

@@ -20,6 +20,7 @@ from fastai.torch_core import default_device, set_seed, to_float
 from torch import Tensor, nn
 
 from .data import voc_dls
+from .explain import explain_classes
 from .metrics import ConfusionMatrix, SegLoss
 from .tensors import eval_mode, logits_of
 from .voc import voc_classes
@@ -133,3 +134,6 @@ def score_on_batches(
             seen += len(x)
             if seen >= n: break
     return confusion.miou()
+
+# %% ../nbs/engine/training.ipynb #30042071
+explain_classes(globals())

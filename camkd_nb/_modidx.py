@@ -173,8 +173,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'camkd_nb/distiller.py'),
                                     'camkd_nb.distiller.Distiller.__init__': ( 'engine/distiller.html#distiller.__init__',
                                                                                'camkd_nb/distiller.py'),
-                                    'camkd_nb.distiller.Distiller.forward': ( 'engine/distiller.html#distiller.forward',
-                                                                              'camkd_nb/distiller.py'),
                                     'camkd_nb.distiller.Distiller.step': ('engine/distiller.html#distiller.step', 'camkd_nb/distiller.py'),
                                     'camkd_nb.distiller.Losses': ('engine/distiller.html#losses', 'camkd_nb/distiller.py'),
                                     'camkd_nb.distiller.TappedPair': ('engine/distiller.html#tappedpair', 'camkd_nb/distiller.py'),

@@ -123,6 +123,7 @@ class Checkpoint(Callback):
 
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
+        "Set up when the callback comes to a learner, clean up when it goes."
         if learn is None and self._learner is not None: vars(self._learner).pop('_do_fit', None)
         self._learner = learn
         if learn is not None: learn._do_fit = partial(_epochs_from, self)

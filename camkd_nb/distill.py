@@ -69,6 +69,7 @@ class _Attached(Callback):
 
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
+        "Set up when the callback comes to a learner, clean up when it goes."
         if learn is None and self._learner is not None: self._release(self._learner)
         self._learner = learn
         if learn is not None: learn.add_cbs([cb for cb in self.companions if cb not in learn.cbs])

@@ -220,9 +220,7 @@ class Distiller(TappedPair):
         task: Tensor | None = None,  # the task loss on this batch, scalar; for relative weights
     ) -> dict[str, tuple[Tensor, float]]:  # name -> value, a scalar, and the weight to add it with
         "Each term's value on this batch; terms whose weight is 0 are not computed."
-        return super().__call__(x, mask, output, progress, task)
-
-    def forward(self, x, mask, output, progress=0., task=None): return _terms_on(self, x, mask, output, progress, task)
+        return _terms_on(self, x, mask, output, progress, task)
 
     def step(self,
         x: Tensor,  # images, (B, 3, H, W)

@@ -117,7 +117,7 @@ def _backbone(model):
 def _widths(model, size):
     "The channels of each block of the backbone that ran and gave a feature map, in the order of the forward pass."
     path, widths = _backbone(model), {}
-    def note(name, module, inputs, output):
+    def note(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4: widths[name] = output.shape[1]
     blocks = model.get_submodule(path).named_children()
     handles = [block.register_forward_hook(partial(note, f'{path}.{name}')) for name, block in blocks]

@@ -42,6 +42,7 @@ class PixelKD(Term):
         self.temperature = positive('temperature', temperature)
 
     def forward(self, step: Step) -> Tensor:
+        "The mean divergence over the labelled pixels, times T²."
         student, teacher, mask = _softened(step, self.temperature)
         gap = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction='none', log_target=True).sum(1)
         valid = torch.ones_like(gap) if mask is None else (mask != VOID).float()
@@ -79,6 +80,7 @@ class AttentionTransfer(Term):
         super().__init__(weight, layers)
 
     def forward(self, step: Step) -> Tensor:
+        "The mean distance over images and layers."
         total: Tensor | float = 0.
         for ours, theirs in self.pairs.items():
             student, teacher = _energy(step.student, ours), _energy(step.teacher, theirs).detach()
@@ -99,6 +101,7 @@ class ChannelKD(Term):
         self.temperature = positive('temperature', temperature)
 
     def forward(self, step: Step) -> Tensor:
+        "The mean divergence over classes and images, times T²."
         student, teacher, mask = _softened(step, self.temperature)
         void = torch.zeros_like(student[:, :1], dtype=torch.bool) if mask is None else (mask == VOID)[:, None]
         where = [z.masked_fill(void, -1e9).flatten(2).log_softmax(2) for z in (student, teacher)]  # over positions
@@ -132,6 +135,7 @@ class PairwiseKD(Term):
         self.side = positive('side', side)
 
     def forward(self, step: Step) -> Tensor:
+        "The mean over images and layers."
         total: Tensor | float = 0.
         for pair in self.pairs.items():
             features = paired_features(step, *pair)
@@ -160,6 +164,7 @@ class IFV(Term):
         super().__init__(weight, layers)
 
     def forward(self, step: Step) -> Tensor:
+        "The mean over positions and layers."
         total, n_classes = torch.zeros((), device=step.teacher.logits.device), step.teacher.logits.shape[1]
         mask = step.teacher.logits.detach().argmax(1) if step.mask is None else step.mask
         for pair in self.pairs.items():

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
-import pandas as pd
-import torch, torch.nn.functional as F
+import pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model, get_model_weights, mobilenet_v2

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from camkd_nb.attention import METHODS, Taps, class_attention, map_forward
-from camkd_nb.models import ASPPHead, SegmentationModel, deeplabv3, logits_of, pspnet
+from camkd_nb.attention import METHODS, class_attention, map_forward
+from camkd_nb.layers import Taps
+from camkd_nb.models import ASPPHead, SegmentationModel, deeplabv3, pspnet
+from camkd_nb.tensors import logits_of
 
 n_classes, classes = 6, [0, 2, 5]
 
@@ -179,9 +181,9 @@ def test_works_on_someone_elses_network(make, name, layers):
 @pytest.mark.parametrize('method', METHODS)
 def test_image_does_not_see_its_neighbours(method):
     model, (x, mask) = make_pspnet().train(), batch(4)
-    a = class_attention(model, x, mask, ['backbone.layer3'], method, classes=classes).maps['backbone.layer3']
+    a = class_attention(model, x, mask, ['backbone.layer3'], method=method, classes=classes).maps['backbone.layer3']
     x[1:], mask[1:] = torch.randn_like(x[1:]), mask[1:].flip(0)
-    b = class_attention(model, x, mask, ['backbone.layer3'], method, classes=classes).maps['backbone.layer3']
+    b = class_attention(model, x, mask, ['backbone.layer3'], method=method, classes=classes).maps['backbone.layer3']
     assert a[0].max() > 0 and difference(b[0], a[0]) < 1e-10
 
 

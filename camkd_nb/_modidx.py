@@ -309,6 +309,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'camkd_nb.groups.OwnGroup.__init__': ('engine/groups.html#owngroup.__init__', 'camkd_nb/groups.py'),
                                  'camkd_nb.groups.OwnGroup.leave': ('engine/groups.html#owngroup.leave', 'camkd_nb/groups.py'),
                                  'camkd_nb.groups._set_hyper': ('engine/groups.html#_set_hyper', 'camkd_nb/groups.py'),
+                                 'camkd_nb.groups._slow': ('engine/groups.html#_slow', 'camkd_nb/groups.py'),
                                  'camkd_nb.groups.fitting': ('engine/groups.html#fitting', 'camkd_nb/groups.py'),
                                  'camkd_nb.groups.same_gradients': ('engine/groups.html#same_gradients', 'camkd_nb/groups.py'),
                                  'camkd_nb.groups.same_start': ('engine/groups.html#same_start', 'camkd_nb/groups.py')},

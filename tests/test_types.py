@@ -57,7 +57,8 @@ def test_every_name_is_documented(path):
         elif inspect.isfunction(value) and not docments(value, returns=True): lacking[name] = 'hints'
         elif inspect.isclass(value) and '__init__' in vars(value):  # others: an enumeration, a named tuple
             found = docments(value, full=True)
-            bare = [each for each, o in found.items() if each not in ('self', 'return', 'args', 'kwargs') and not o.docment and not says_enough(o.anno)]
+            elsewhere = {'self', 'return', 'args', 'kwargs', *(each for base in value.__mro__[1:] for each in getattr(base, '__dataclass_fields__', ()))}
+            bare = [each for each, o in found.items() if each not in elsewhere and not o.docment and not says_enough(o.anno)]
             if bare: lacking[name] = bare
     assert lacking == {}
 

@@ -33,6 +33,8 @@ def _set_hyper(opt, key, value):
         if len(value) == len(opt.hypers) - 1: value.append(value[-1])
     type(opt).set_hyper(opt, key, value)
 
+def _slow(opt): return getattr(opt, 'slow_weights', None)  # `Lookahead` keeps a second copy of the weights, by groups
+
 # %% ../nbs/engine/groups.ipynb #9193670a
 class OwnGroup:
     "Parameters in a group of their own at the end of an optimiser, from here on until they `leave`."
@@ -44,13 +46,15 @@ class OwnGroup:
         self.wrapped = inner if isinstance(inner, torch.optim.Optimizer) else None
         if self.wrapped: self.wrapped.add_param_group({**self.wrapped.param_groups[-1], 'params': self.parameters})
         else: opt.param_lists.append(L(self.parameters)), opt.hypers.append(dict(opt.hypers[-1]))
+        if _slow(opt) is not None: _slow(opt).append(L(p.detach().clone() for p in self.parameters))
         opt.set_hyper = partial(_set_hyper, opt)
 
     def leave(self) -> None:
         "The optimiser is what it was without them."
         holder, groups = (self.wrapped, self.wrapped.param_groups) if self.wrapped else (self.opt, self.opt.param_lists)
         groups.pop()
-        if not self.wrapped: self.opt.hypers.pop()
+        for others in (None if self.wrapped else self.opt.hypers, _slow(self.opt)):
+            if others is not None: others.pop()
         for p in self.parameters: holder.state.pop(p, None)
         del self.opt.set_hyper
 

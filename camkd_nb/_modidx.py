@@ -162,6 +162,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'camkd_nb.distill._end_epoch': ('distill.html#_end_epoch', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._guard_batches': ('distill.html#_guard_batches', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._guarded': ('distill.html#_guarded', 'camkd_nb/distill.py'),
+                                  'camkd_nb.distill._guarded_epoch': ('distill.html#_guarded_epoch', 'camkd_nb/distill.py'),
+                                  'camkd_nb.distill._join_optimiser': ('distill.html#_join_optimiser', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._leave_optimiser': ('distill.html#_leave_optimiser', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._score': ('distill.html#_score', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._start': ('distill.html#_start', 'camkd_nb/distill.py'),

@@ -28,10 +28,10 @@ def _board(n, aspect, masks):
     foot = FOOT + .2 * max(0, legend_rows(masks, width) - 2)
     height = 2 * (SIDE * aspect + TITLE) + HEAD + foot
     fig = Page(figsize=(width, height), dpi=96)
-    def place(left, bottom, w, h): return fig.add_axes([left / width, bottom / height, w / width, h / height])
+    def _place(left, bottom, w, h): return fig.add_axes([left / width, bottom / height, w / width, h / height])
     bottoms = (foot + SIDE * aspect + TITLE, foot)
-    axes = [[place(GAP + j * (SIDE + GAP), bottom, SIDE, SIDE * aspect) for j in range(n)] for bottom in bottoms]
-    return fig, axes, place(width - BAR + .05, foot + .05 * SIDE * aspect, .12, .9 * SIDE * aspect)
+    axes = [[_place(GAP + j * (SIDE + GAP), bottom, SIDE, SIDE * aspect) for j in range(n)] for bottom in bottoms]
+    return fig, axes, _place(width - BAR + .05, foot + .05 * SIDE * aspect, .12, .9 * SIDE * aspect)
 
 # %% ../nbs/engine/board.ipynb #be734db4
 Panel = tuple[np.ndarray, str, Tensor | None]  # picture (H, W, 3), title, region to outline or None

@@ -85,8 +85,8 @@ def _watch(explorer):
 def _predicted(explorer, name, i):
     "The class of each pixel of image `i`, (H, W)."
     one, x = {name: explorer.models[name]}, explorer.x[i:i + 1]
-    def compute(): return predictions(one, x, explorer.vocab)[name][0]
-    return remembered(explorer.answers, (name, state_mark(one[name]), i), compute)
+    question = name, state_mark(one[name]), i
+    return remembered(explorer.answers, question, lambda: predictions(one, x, explorer.vocab)[name][0])
 
 # %% ../nbs/engine/explore.ipynb #09e28815
 def _map(explorer, name):
@@ -96,8 +96,9 @@ def _map(explorer, name):
     x, mask = explorer.x[i:i + 1], None if explorer.mask is None else explorer.mask[i:i + 1]
     place = [explorer.row.value, explorer.column.value] if region == 'pixel' else []
     inside = _marked(explorer, name) if region == 'pixel' else region
-    def compute(): return raw_maps(model, x, mask, path, [c], region=inside, method=method)[0]
-    return remembered(explorer.answers, (name, state_mark(model), i, c, path, method, region, *place), compute)
+    question = name, state_mark(model), i, c, path, method, region, *place
+    answer = partial(raw_maps, model, x, mask, path, [c], region=inside, method=method)
+    return remembered(explorer.answers, question, lambda: answer()[0])
 
 def _marked(explorer, name):
     "The chosen pixel at the size of a network's logits, bool tensor (1, H, W)."

@@ -12,13 +12,12 @@ from copy import deepcopy
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 
-import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import camkd_nb, fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.torch_core import set_seed
 from matplotlib.axes import Axes
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 
-from . import __version__
 from .distill import Distill
 from .evaluate import Evaluation, evaluate
 from .explain import explain_classes
@@ -220,7 +219,7 @@ def row_of(
                 device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
                 class_iou=json.dumps(iou), terms=json.dumps({k: round(v, 5) for k, v in terms.items()}),
                 options=json.dumps(options(study, name)),
-                versions=f'camkd_nb {__version__}, torch {torch.__version__}, fastai {fastai.__version__}')
+                versions=f'camkd_nb {camkd_nb.__version__}, torch {torch.__version__}, fastai {fastai.__version__}')
 
 # %% ../nbs/engine/study.ipynb #e8dae597
 def options(

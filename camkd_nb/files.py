@@ -6,24 +6,86 @@
 __all__ = []
 
 # %% ../nbs/engine/files.ipynb #49a28544
-import hashlib, os
+import hashlib, os, platform, re, shutil, time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
+
+try: import fcntl
+except ImportError: fcntl = None  # Windows
+
+# %% ../nbs/engine/files.ipynb #9d4086a3
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+def draft_mark() -> str:  # such as 3f2a91-4711-5b0c7d1e
+    "What tells the drafts of a process from all others: machine, process and a random number."
+    return f'{_HOST}-{os.getpid()}-{uuid4().hex[:8]}'
+
+_MARK, _DAY = re.compile(r'([0-9a-f]{6})-(\d+)-[0-9a-f]{8}(\.part)?$'), 86400
+
+def _is_left_over(path):
+    "Whether the process that made a draft is gone."
+    host, pid, _ = _MARK.search(path.name).groups()
+    if host != _HOST or os.name != 'posix': return time.time() - path.stat().st_mtime > _DAY
+    try: os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError): return True
+    except PermissionError: pass  # it lives, and is somebody else's
+    return False
+
+def remove_left_overs(
+    folder: str | Path,  # where drafts may lie
+    pattern: str = '.*.part',  # of their names, which end with a `draft_mark`, or with that and '.part'
+) -> None:
+    "Remove the drafts, files or folders, of processes that are gone."
+    for path in Path(folder).glob(pattern):
+        with suppress(OSError):  # another process is removing it, or may and this one may not
+            if not _MARK.search(path.name) or not _is_left_over(path): continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+_swept = {}  # folder: when
+
+def _sweep(folder):
+    "Remove left-overs, at most once a second, since thousands of files may be written to a folder."
+    if time.monotonic() - _swept.get(folder, -2) < 1: return
+    remove_left_overs(folder)
+    _swept[folder] = time.monotonic()
 
 # %% ../nbs/engine/files.ipynb #67750ff0
 @contextmanager
 def whole_file(
     file: str | Path,  # where the file is to appear
+    *,
+    sync: bool = False,  # have it on the disk before it takes its name, for what must survive a power cut
 ) -> Iterator[Path]:  # a path in the same folder, to write to
     "Write to the path inside the block; the file takes its name at its end, and is removed if the block fails."
     file = Path(file)
-    draft = file.with_name(f'.{file.name}.{uuid4().hex[:8]}.part')
+    _sweep(file.parent)
+    draft = file.with_name(f'.{file.name[:40]}.{draft_mark()}.part')  # short: a name may have 255 bytes
     try:
         yield draft
+        if sync: _onto_disk(draft)
         os.replace(draft, file)
     finally: draft.unlink(missing_ok=True)
+
+def _onto_disk(file):
+    with open(file, 'rb+') as written: os.fsync(written.fileno())
+
+# %% ../nbs/engine/files.ipynb #04f42dd6
+@contextmanager
+def locked(
+    opened: IO,  # a file that is open
+    *,
+    shared: bool = False,  # readers may hold the lock together
+) -> Iterator[None]:
+    "Hold the file's lock inside the block; no lock where the system or the disk has none."
+    if fcntl:
+        with suppress(OSError): fcntl.flock(opened, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    try: yield
+    finally:
+        if fcntl:
+            with suppress(OSError): fcntl.flock(opened, fcntl.LOCK_UN)
 
 # %% ../nbs/engine/files.ipynb #2ab0878b
 def fingerprint(
@@ -38,9 +100,16 @@ def fingerprint(
     return digest.hexdigest()[:12]
 
 # %% ../nbs/engine/files.ipynb #176a818f
+def _wanted_cache():
+    if given := os.environ.get('CAMKD_CACHE'): return Path(given).expanduser()
+    if given := os.environ.get('XDG_CACHE_HOME'): return Path(given)/'camkd_nb'
+    return Path.home()/'.cache/camkd_nb'
+
 def cache_dir() -> Path:  # made when it is missing
     "The user's cache folder of this package: $CAMKD_CACHE, else $XDG_CACHE_HOME/camkd_nb, else ~/.cache/camkd_nb."
-    base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
-    path = Path(os.environ.get('CAMKD_CACHE') or base/'camkd_nb')
-    path.mkdir(parents=True, exist_ok=True)
+    advice = 'set CAMKD_CACHE to a folder that can be written'
+    try: path = _wanted_cache()
+    except RuntimeError as e: raise ValueError(f'no home folder for the cache ({e}): {advice}') from e
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f'cannot make the cache folder {path} ({e.strerror}): {advice}') from e
     return path

@@ -6,7 +6,8 @@
 __all__ = ['Checkpoint']
 
 # %% ../nbs/engine/checkpoint.ipynb #489834c3
-import random
+import pickle, random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
 
 from .explain import explain_classes
-from .files import whole_file
+from .files import fingerprint, whole_file
 from .groups import fitting
 from .layers import unwrapped
+from .terms import describe
 
 # %% ../nbs/engine/checkpoint.ipynb #65179026
 _TRACKED = {'best', 'wait', 'lrs', 'iters', 'losses', 'values'}
@@ -35,11 +37,21 @@ def _plain(value):
 def _distill(learn): return getattr(learn, 'distill', None)
 def _meters(learn): return {'loss': learn.recorder.smooth_loss, **(_distill(learn).smooth if _distill(learn) else {})}
 def _terms(learn): return _distill(learn).terms if _distill(learn) else {}
+def _optimiser(learn): return getattr(_distill(learn), 'own_group', None) or learn.opt  # with the terms' parameters
 def _loaders(learn): return [getattr(dl, 'dl', dl) for dl in learn.dls.loaders]  # wrapped in several processes
+
+def _named_callbacks(learn):
+    "Callbacks by class; a second one of a class is called `Name 2`, in the order in which they were added."
+    seen, named = Counter(), {}
+    for cb in learn.cbs:
+        seen[type(cb).__name__] += 1
+        named[type(cb).__name__ + (f' {n}' if (n := seen[type(cb).__name__]) > 1 else '')] = cb
+    return named
 
 def _callbacks_state(learn):
     "The best values of trackers, the recorder's lines, the running means, the terms."
-    kept = {type(cb).__name__: _plain({k: v for k, v in vars(cb).items() if k in _TRACKED}) for cb in learn.cbs}
+    kept = {name: _plain({k: v for k, v in vars(cb).items() if k in _TRACKED})
+            for name, cb in _named_callbacks(learn).items()}
     kept['meters'] = {name: [meter.count, float(meter.val)] for name, meter in _meters(learn).items()}
     kept['terms'] = {name: dict(term.state_dict()) for name, term in _terms(learn).items()}
     return kept
@@ -56,26 +68,63 @@ def _set_random_state(state):
     random.setstate((python[0], tuple(python[1]), python[2]))
     np.random.set_state(tuple(legacy)), torch.set_rng_state(torch_state.cpu())
 
-def _fit_state(learn):
+def _fit_state(learn, settings):
     scaler = getattr(learn, 'scaler', None)
-    return dict(epoch=learn.epoch, n_epoch=learn.n_epoch, train_iter=learn.train_iter, random=_random_state(),
-                model=unwrapped(learn.model).state_dict(), opt=_plain(learn.opt.state_dict()),
+    return dict(epoch=learn.epoch, settings=settings, train_iter=learn.train_iter, random=_random_state(),
+                model=unwrapped(learn.model).state_dict(), opt=_plain(_optimiser(learn).state_dict()),
                 scaler=scaler.state_dict() if scaler else {}, callbacks=_callbacks_state(learn),
                 passes=[getattr(dl, 'passes', 0) for dl in _loaders(learn)])
 
-# %% ../nbs/engine/checkpoint.ipynb #036e9172
-def _check_terms(kept, now):
-    if set(kept) == set(now): return
-    raise ValueError(f"the fit that was killed had the terms {', '.join(kept) or 'none'}, this one has "
-                     f"{', '.join(now) or 'none'}: use the same, or remove the checkpoint")
+# %% ../nbs/engine/checkpoint.ipynb #6ca278a5
+def _schedules(learn):
+    "The hyperparameters that callbacks schedule, at five moments."
+    found = {}
+    for cb in learn.cbs:
+        for name, schedule in getattr(cb, 'scheds', {}).items():
+            found[name] = [[round(float(v), 9) for v in np.atleast_1d(schedule(p))] for p in (0., .25, .5, .75, 1.)]
+    return found
 
+def _shapes(model): return fingerprint([(name, tuple(t.shape)) for name, t in unwrapped(model).state_dict().items()])
+
+def _weights(model):
+    tensors = [t.cpu().reshape(-1).view(torch.uint8) for t in model.state_dict().values()]
+    return fingerprint(*[t.numpy().tobytes() for t in tensors])
+
+def _data(learn):
+    "How many items and batches there are, and which."
+    train = _loaders(learn)[0]
+    items = [str(getattr(item, 'name', item)) for item in list(getattr(train, 'items', []))]
+    return f"{len(getattr(train, 'dataset', []))} items in {len(train)} batches, {fingerprint(items)}"
+
+# %% ../nbs/engine/checkpoint.ipynb #3d9c7051
+def _name(thing):
+    thing = getattr(thing, 'func', thing)  # of a partial
+    return getattr(thing, '__name__', type(thing).__name__)
+
+def _settings(learn):
+    "What makes this fit another one than others, by names that can be read."
+    groups = [{k: v for k, v in h.items() if isinstance(v, (int, float, bool))} for h in learn.opt.hypers]
+    teacher = getattr(_distill(learn), 'teacher', None)
+    return _plain({
+        'epochs': learn.n_epoch, 'network': f'{type(unwrapped(learn.model)).__name__} {_shapes(learn.model)}',
+        'loss function': _name(learn.loss_func),
+        'optimiser': f'{_name(learn.opt_func)}, {_name(getattr(learn.opt, "opt", learn.opt))}', 'its settings': groups,
+        'schedule': _schedules(learn), 'data': _data(learn), 'terms': [describe(t) for t in _terms(learn).values()],
+        'teacher': None if teacher is None else _weights(teacher)})
+
+def _check_settings(file, kept, now):
+    for name in now:
+        if kept.get(name) == now[name]: continue
+        raise ValueError(f'{file} is the checkpoint of a fit with other settings, {name}: {kept.get(name)} where this '
+                         f'fit has {now[name]}. Fit with the same settings, give another file, or remove this one')
+
+# %% ../nbs/engine/checkpoint.ipynb #036e9172
 def _restore(learn, state):
     opt, kept = state['opt'], state['callbacks']
-    _check_terms(kept['terms'], _terms(learn))
     unwrapped(learn.model).load_state_dict(state['model'])
-    learn.opt.load_state_dict({**opt, 'hypers': L(opt['hypers'])} if 'hypers' in opt else opt)
+    _optimiser(learn).load_state_dict({**opt, 'hypers': L(opt['hypers'])} if 'hypers' in opt else opt)
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
-    for cb in learn.cbs: vars(cb).update(kept.get(type(cb).__name__, {}))
+    for name, cb in _named_callbacks(learn).items(): vars(cb).update(kept.get(name, {}))
     for name, meter in _meters(learn).items():
         meter.count, meter.val = kept['meters'][name][0], torch.tensor(kept['meters'][name][1])
     for name, term in _terms(learn).items(): term.load_state_dict(kept['terms'][name])
@@ -92,15 +141,22 @@ def _epochs_from(checkpoint):
         learn.epoch = epoch
         learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
 
+def _read(file, device):
+    "What a checkpoint holds; a `ValueError` for a file that is none."
+    try: state = torch.load(file, map_location=device, weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f'{file} is damaged or no checkpoint: remove it, and the fit begins anew') from error
+    if isinstance(state, dict) and {'epoch', 'settings', 'model', 'opt', 'callbacks'} <= set(state): return state
+    raise ValueError(f'{file} is no checkpoint of a fit: remove it, or give another file')
+
 def _resume(checkpoint, learn):
     "Go on where a killed fit left off, if there is one; the epoch to begin with."
     checkpoint.where = learn.path / learn.model_dir / checkpoint.file
     checkpoint.where.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.settings = _settings(learn)
     if not checkpoint.where.exists(): return 0
-    state = torch.load(checkpoint.where, map_location=next(learn.model.parameters()).device, weights_only=True)
-    if state['n_epoch'] != learn.n_epoch:
-        raise ValueError(f"{checkpoint.file.name} is of a fit of {state['n_epoch']} epochs, this one has "
-                         f'{learn.n_epoch}: fit as many, or give another file, or remove it')
+    state = _read(checkpoint.where, next(learn.model.parameters()).device)
+    _check_settings(checkpoint.where, state['settings'], checkpoint.settings)
     _restore(learn, state)
     if learn.logger is not noop: print(f'going on after epoch {state["epoch"]} of {checkpoint.file.name}')
     return state['epoch'] + 1
@@ -136,7 +192,7 @@ class Checkpoint(Callback):
     def after_epoch(self) -> None:
         "Keep all that the fit needs."
         if rank_distrib(): return
-        with whole_file(self.where) as draft: torch.save(_fit_state(self.learn), draft)
+        with whole_file(self.where) as draft: torch.save(_fit_state(self.learn, self.settings), draft)
 
     def after_fit(self) -> None:
         "The fit is over: nothing to go on with."

@@ -23,7 +23,7 @@ from .evaluate import Evaluation, evaluate
 from .explain import explain_classes
 from .files import whole_file
 from .losses import ClassAttention
-from .terms import Relative, Step, Term
+from .terms import Step, Term, describe, described_option
 from .training import Recipe, fit
 from .voc import voc_classes
 
@@ -143,32 +143,6 @@ class Method:
     def __post_init__(self) -> None:
         self.terms = [self.terms] if isinstance(self.terms, Term) else list(self.terms)
 
-# %% ../nbs/engine/study.ipynb #5cf797db
-def _given(term):
-    "A term's options as they were given, `weight` and `layers` first."
-    return {'weight': 1., 'layers': (), **term.options()}
-
-def _moments(weight): return [round(float(weight(progress)), 6) for progress in (0., .25, .5, .75, 1.)]
-
-def _described(name, value):
-    if isinstance(value, Term): return describe(value)
-    if isinstance(value, nn.Module): return type(value).__name__
-    if name == 'weight' and callable(value): return _moments(value)
-    if callable(value) and not isinstance(value, type): return getattr(value, '__name__', type(value).__name__)
-    if isinstance(value, (list, tuple)): return list(value)
-    return value if isinstance(value, (int, float, str, dict, type(None))) else str(value)
-
-def describe(
-    term: Term,
-) -> dict:  # what JSON can hold
-    "A term's class and its options."
-    options = _given(term)
-    relative = options.pop('weight') if isinstance(options['weight'], Relative) else None
-    shown = {name: _described(name, value) for name, value in options.items()}
-    if relative: shown['relative weight'] = _described('weight', relative.share)
-    if relative and relative.steps != Relative.steps: shown['relative steps'] = relative.steps
-    return {'class': type(term).__name__, **shown}
-
 # %% ../nbs/engine/study.ipynb #3aaa7a8b
 @dataclass
 class Study:
@@ -278,8 +252,8 @@ def _completed(kept, terms):
     return {**kept, 'terms': [{**_defaults(term), **old} for term, old in zip(terms, kept['terms'])]}
 
 def _defaults(term):
-    known = {key: p.default for key, p in inspect.signature(type(term)).parameters.items() if key in _given(term)}
-    return {key: _described(key, value) for key, value in known.items() if key not in ('weight', 'layers')}
+    known = {key: p.default for key, p in inspect.signature(type(term)).parameters.items() if key in term.options()}
+    return {key: described_option(key, value) for key, value in known.items() if key not in ('weight', 'layers')}
 
 def _difference(old, new):
     changed = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}

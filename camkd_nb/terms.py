@@ -135,6 +135,30 @@ class Term(FitModule):
         others = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if hasattr(self, name)}
         return {**others, 'weight': self.relative or self.weight, 'layers': self.layers}
 
+# %% ../nbs/engine/terms.ipynb #7f776b19
+def described_option(
+    name: str,  # of the option
+    value: object,
+) -> object:  # what JSON can hold
+    "An option of a term, as it is written down."
+    if isinstance(value, Term): return describe(value)
+    if isinstance(value, nn.Module): return type(value).__name__
+    if name == 'weight' and callable(value): return [round(float(value(p)), 6) for p in (0., .25, .5, .75, 1.)]
+    if callable(value) and not isinstance(value, type): return getattr(value, '__name__', type(value).__name__)
+    if isinstance(value, (list, tuple)): return list(value)
+    return value if isinstance(value, (int, float, str, dict, type(None))) else str(value)
+
+def describe(
+    term: Term,
+) -> dict[str, object]:  # what JSON can hold
+    "A term's class and its options."
+    options = {'weight': 1., 'layers': (), **term.options()}
+    relative = options.pop('weight') if isinstance(options['weight'], Relative) else None
+    shown = {name: described_option(name, value) for name, value in options.items()}
+    if isinstance(relative, Relative): shown['relative weight'] = described_option('weight', relative.share)
+    if isinstance(relative, Relative) and relative.steps != Relative.steps: shown['relative steps'] = relative.steps
+    return {'class': type(term).__name__, **shown}
+
 # %% ../nbs/engine/terms.ipynb #ed19c5ff
 def valid_share(
     mask: Tensor | None,  # class indices, int64, (B, H, W); None: everything counts

@@ -12,7 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.imports import noop
 from fastai.learner import AvgSmoothLoss, Learner
@@ -41,13 +41,28 @@ class _TermColumns(Callback):
         self.recorder.metric_names = [*names[:end], *self.distill.columns(), *([] if end is None else names[end:])]
 
     def after_validate(self) -> None:
-        if self.distill.trained: self.recorder.log += list(self.distill.columns().values())
+        if self.distill.trained and fitting(self.learn): self.recorder.log += list(self.distill.columns().values())
 
 # %% ../nbs/07_distill.ipynb #8941bd62
 def _leave_optimiser(distill):
     "Take the terms' parameters out of the optimiser again."
     group, distill.own_group = distill.own_group, None
-    if group is not None: group.leave()
+    if group is None: return
+    group.leave()
+    vars(distill.learn).pop('_do_epoch', None)
+
+def _guarded_epoch(distill, do_epoch):
+    "An epoch; where it breaks off, no event says so, and the terms' parameters leave the optimiser here."
+    try: do_epoch()
+    except (CancelEpochException, CancelFitException): raise
+    except BaseException:
+        _leave_optimiser(distill)
+        raise
+
+def _join_optimiser(distill, learn, parameters):
+    "Put the terms' parameters into the optimiser, for the length of a fit."
+    distill.own_group = OwnGroup(learn.opt, parameters)
+    learn._do_epoch = partial(_guarded_epoch, distill, learn._do_epoch)
 
 class _LeaveLate(Callback):
     "At the end of a fit, takes the terms' group out of the optimiser."
@@ -144,7 +159,7 @@ def _start(distill, learn):
     distill.distiller = Distiller(learn.model, teacher, distill.terms.values())
     own = list(distill.distiller.parameters())
     same_start(own)
-    if own and not hasattr(learn, 'lr_finder'): distill.own_group = OwnGroup(learn.opt, own)
+    if own and not hasattr(learn, 'lr_finder'): _join_optimiser(distill, learn, own)
     if learn.logger is noop: return
     for name, term in distill.terms.items():
         if term.layers is None: _announce(name, term.pairs)
@@ -239,7 +254,7 @@ class Distill(_Attached):
 
     def value(self, name: str) -> float:
         "A term's smoothed value, before its weight; NaN where it was never computed."
-        return self.smooth[name].value.item() if self.smooth[name].count else float('nan')
+        return self.smooth[name].value.item() if name in self.smooth and self.smooth[name].count else float('nan')
 
     def columns(self) -> dict[str, float]:
         "The progress table's columns of this callback, with their present values."

@@ -33,7 +33,34 @@ def _set_hyper(opt, key, value):
         if len(value) == len(opt.hypers) - 1: value.append(value[-1])
     type(opt).set_hyper(opt, key, value)
 
-def _slow(opt): return getattr(opt, 'slow_weights', None)  # `Lookahead` keeps a second copy of the weights, by groups
+# %% ../nbs/engine/groups.ipynb #4f50ab12
+def _inner(opt): return getattr(opt, 'opt', opt)  # the optimiser that has the groups
+
+def _take(group):
+    "Take the group out of the optimiser; what `_put` needs to put it back."
+    inner, slow = _inner(group.opt), getattr(group.opt, 'slow_weights', None)
+    states = [inner.state.pop(p, {}) for p in group.parameters]
+    if isinstance(inner, torch.optim.Optimizer): settings = inner.param_groups.pop()
+    else:  # new lists: a state that was read holds the old ones
+        settings = inner.hypers[-1]
+        inner.hypers, inner.param_lists = inner.hypers[:-1], inner.param_lists[:-1]
+    if slow is not None: group.opt.slow_weights = slow[:-1]
+    return states, settings, slow and slow[-1]
+
+# %% ../nbs/engine/groups.ipynb #54d1619d
+def _put(group, states, settings, slow=None):
+    "Put the group at the end of the optimiser's."
+    inner, others = _inner(group.opt), getattr(group.opt, 'slow_weights', None)
+    if isinstance(inner, torch.optim.Optimizer): inner.param_groups.append(settings)
+    else: inner.hypers, inner.param_lists = L(inner.hypers) + [settings], inner.param_lists + [L(group.parameters)]
+    inner.state.update(zip(group.parameters, states))
+    if others is None: return
+    group.opt.slow_weights = L(others) + [slow or L(p.detach().clone() for p in group.parameters)]
+
+def _without(group, method, *args):
+    taken = _take(group)
+    try: return method(*args)
+    finally: _put(group, *taken)
 
 # %% ../nbs/engine/groups.ipynb #9193670a
 class OwnGroup:
@@ -42,21 +69,19 @@ class OwnGroup:
         opt: Optimizer | OptimWrapper,  # the learner's
         parameters: Iterable[nn.Parameter],
     ) -> None:
-        self.opt, self.parameters, inner = opt, list(parameters), getattr(opt, 'opt', None)
-        self.wrapped = inner if isinstance(inner, torch.optim.Optimizer) else None
-        if self.wrapped: self.wrapped.add_param_group({**self.wrapped.param_groups[-1], 'params': self.parameters})
-        else: opt.param_lists.append(L(self.parameters)), opt.hypers.append(dict(opt.hypers[-1]))
-        if _slow(opt) is not None: _slow(opt).append(L(p.detach().clone() for p in self.parameters))
+        self.opt, self.parameters = opt, list(parameters)
+        inner = _inner(opt)
+        last = inner.param_groups[-1] if isinstance(inner, torch.optim.Optimizer) else inner.hypers[-1]
+        _put(self, [{} for _ in self.parameters], {**last, 'params': self.parameters} if 'params' in last else {**last})
+        self.state_dict, self.load_state_dict = opt.state_dict, opt.load_state_dict  # of all groups, this one included
         opt.set_hyper = partial(_set_hyper, opt)
+        opt.state_dict = partial(_without, self, self.state_dict)
+        opt.load_state_dict = partial(_without, self, self.load_state_dict)
 
     def leave(self) -> None:
         "The optimiser is what it was without them."
-        holder, groups = (self.wrapped, self.wrapped.param_groups) if self.wrapped else (self.opt, self.opt.param_lists)
-        groups.pop()
-        for others in (None if self.wrapped else self.opt.hypers, _slow(self.opt)):
-            if others is not None: others.pop()
-        for p in self.parameters: holder.state.pop(p, None)
-        del self.opt.set_hyper
+        for name in ('set_hyper', 'state_dict', 'load_state_dict'): delattr(self.opt, name)
+        _take(self)
 
 # %% ../nbs/engine/groups.ipynb #530ed0ce
 def same_start(

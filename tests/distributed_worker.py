@@ -13,10 +13,12 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from torch import nn
 
-from camkd_nb.distill import Checkpoint, Distill
-from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD, Relative
+from camkd_nb.checkpoint import Checkpoint
+from camkd_nb.distill import Distill
+from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import SegLoss
 from camkd_nb.models import toy_student, toy_teacher
+from camkd_nb.terms import Relative
 
 
 def broadcast_on_cpu(self, indices, rank):

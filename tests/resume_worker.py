@@ -10,11 +10,12 @@ from fastai.callback.schedule import Learner
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.torch_core import set_seed
 
+from camkd_nb.checkpoint import Checkpoint
 from camkd_nb.data import voc_dls
-from camkd_nb.distill import CAMDistill, Checkpoint
-from camkd_nb.losses import Relative
+from camkd_nb.distill import CAMDistill
 from camkd_nb.metrics import MeanIoU, SegLoss
 from camkd_nb.models import toy_student, toy_teacher
+from camkd_nb.terms import Relative
 from camkd_nb.toyvoc import toy_voc
 
 

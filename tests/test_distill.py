@@ -1,7 +1,10 @@
 """The callback among other callbacks, precisions, compilers and processes: what a notebook page has no room for."""
+import copy
 import gc
+import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -9,18 +12,24 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import Learner
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
-from fastai.callback.training import ShortEpochCallback
+from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.learner import load_learner
 from fastai.torch_core import set_seed
+from hint import Hint
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from camkd_nb.data import voc_dls
 from camkd_nb.distill import CAMDistill, Distill
-from camkd_nb.losses import IFV, AttentionTransfer, ChannelKD, ClassAttention, Distiller, PairwiseKD, PixelKD
+from camkd_nb.distiller import Distiller
+from camkd_nb.losses import IFV, AttentionTransfer, ChannelKD, ClassAttention, PairwiseKD, PixelKD
 from camkd_nb.metrics import MeanIoU, SegLoss
-from camkd_nb.models import logits_of, toy_student, toy_teacher
+from camkd_nb.models import toy_student, toy_teacher
+from camkd_nb.tensors import logits_of
+from camkd_nb.terms import Relative
 from camkd_nb.toyvoc import toy_voc
 
 every_term = [ClassAttention, PixelKD, AttentionTransfer, ChannelKD, PairwiseKD, IFV]
@@ -160,9 +169,183 @@ def test_memory_stays_flat(teacher):
         def after_batch(self):
             if not self.training or self.iter not in (100, 499): return
             gc.collect()
-            tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+            tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and not isinstance(o, FakeTensor)]  # a compiler's
             live[self.iter] = len(tensors), sum(t.grad_fn is not None for t in tensors), sum(t.nbytes for t in tensors)
     fit(learn, cbs=[CAMDistill(teacher, layers=['backbone.layer4']), Count()])
     assert live[499][0] - live[100][0] <= 800 + 8, live  # the recorder keeps a loss of each step, and one tensor behind it
     assert live[499][1] == live[100][1], live  # a tensor with a history would keep its whole graph
     assert live[499][2] - live[100][2] < 2**18, live  # bytes; a batch has 2**16
+
+
+class Begins(Callback):
+    "A copy of the adapter with which a fit begins, and the sizes of the optimiser's groups meanwhile"
+    order = 6  # after the term has joined
+    def before_train(self):
+        if self.epoch: return
+        self.adapter = [p.detach().clone() for p in self.distill.terms['hint'].parameters()]
+        self.groups = list(map(len, self.opt.param_lists))
+
+
+def network_only(learn):
+    "Whether the optimiser has the network's parameters and no others, in groups, settings and state"
+    own = {id(p) for p in learn.model.parameters()}
+    held = [id(p) for group in learn.opt.param_lists for p in group]
+    return len(held) == len(own) and own == set(held) >= {id(p) for p in learn.opt.state} and len(learn.opt.hypers) == len(learn.opt.param_lists)
+
+
+def learns(hint, begins): return all(not torch.equal(now, first) for now, first in zip(hint.parameters(), begins.adapter))
+
+
+def test_an_adapter_learns_and_is_not_stored(make, teacher, tmp_path):
+    hint, begins, learn = Hint(), Begins(), make(path=tmp_path)
+    fit(learn, 4, cbs=[Distill(teacher, hint), begins])
+    values = column(learn, 'hint')
+    assert learns(hint, begins) and values[-1] < .9 * values[0]
+    assert begins.groups[-1] == 2 and network_only(learn)
+    learn.add_cb(Distill(teacher, hint)), learn.export('student.pkl')
+    held = torch.load(learn.save('student'), weights_only=False)
+    assert held['model'].keys() == learn.model.state_dict().keys() and len(held['opt']['state']) == len(list(learn.model.parameters()))
+    assert b'Hint' not in (tmp_path/'student.pkl').read_bytes() and not load_learner(tmp_path/'student.pkl').distill.terms
+
+
+class Stop(Callback):
+    "Stops a fit in the middle of its second epoch, or its validation, with an error"
+    def __init__(self, error, training=True): self.error, self.at = error, training
+    def after_pred(self):
+        if self.training == self.at and (self.epoch, self.iter) == (1, 0): raise self.error('stop')
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'validation'])
+@pytest.mark.parametrize('error', [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize('kept', [True, False], ids=['in the learner', 'in the fit'])
+def test_an_adapter_leaves_a_fit_that_breaks_off(make, teacher, kept, error, training):
+    distill, begins = Distill(teacher, Hint()), Begins()
+    learn = make(cbs=[distill] if kept else [])
+    with pytest.raises(error): fit(learn, 3, cbs=[begins, Stop(error, training)] + [distill] * (not kept))
+    assert begins.groups[-1] == 2 and network_only(learn)
+    fit(learn, cbs=[] if kept else distill)
+    assert network_only(learn)
+
+
+def test_a_search_for_a_learning_rate_leaves_nothing(make, teacher):
+    learn = make(cbs=Distill(teacher, Hint()))
+    before = weights(learn)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=6, show_plot=False)
+    assert network_only(learn) and torch.equal(weights(learn), before)
+    assert network_only(fit(learn)) and column(learn, 'hint')[0] > 0
+
+
+class Peeks(Callback):
+    "Validates and predicts after each epoch of a fit"
+    order = 80
+    def before_fit(self): self.seen = [] if self.learn.n_epoch else self.seen
+    def after_epoch(self):
+        if self.learn.lock.locked(): return  # it is called by its own validation
+        before = self.distill.distiller, len(self.opt.hypers), self.distill.own_group
+        self.seen.append(self.learn.validate()[0])
+        self.learn.get_preds()
+        assert before[0] is not None and before == (self.distill.distiller, len(self.opt.hypers), self.distill.own_group)
+
+
+def test_validation_and_prediction_do_not_touch_a_fit(make, teacher):
+    plain = fit(make(), 3, cbs=Distill(teacher, plain_hint := Hint()))
+    learn, hint = make(), Hint()
+    fit(learn, 3, cbs=[Distill(teacher, hint), peeks := Peeks()])
+    assert torch.equal(weights(learn), weights(plain)) and torch.equal(hint.adapter.weight, plain_hint.adapter.weight)
+
+
+def test_validation_and_prediction_build_nothing(make, teacher):
+    hint, learn = Hint(), make()
+    alone = list(learn.validate())
+    learn.add_cb(Distill(teacher, hint))
+    with learn.no_bar(), learn.no_logging(): outside = list(learn.validate()), learn.get_preds()
+    assert outside[0] == alone and learn.distill.distiller is None and learn.opt is None and hint.calls == 0
+    fit(learn)
+    calls = hint.calls
+    with learn.no_bar(): assert len(learn.validate()) == len(alone)
+    with learn.no_bar(): learn.get_preds(), learn.predict(learn.dls.valid_ds.items[0][0])
+    assert learn.distill.distiller is None and network_only(learn) and hint.calls == calls
+
+
+def test_the_best_network_is_kept_with_its_optimiser(make, teacher, tmp_path):
+    "And without the adapter, in the middle of the fit and after it"
+    learn = make(path=tmp_path)
+    fit(learn, 2, cbs=[Distill(teacher, Hint()), SaveModelCallback(with_opt=True)])
+    held = torch.load(tmp_path/'models/model.pth', weights_only=False)
+    assert held['model'].keys() == learn.model.state_dict().keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)  # fastai's, where the state does not fit
+        learn.load('model', with_opt=True, weights_only=False)
+    assert network_only(learn)
+
+
+def test_two_fits_with_one_term_start_alike(make, teacher):
+    "The classes it asks about, the pulls of its weight, and its adapter"
+    terms, fits = [ClassAttention(max_classes=1), Hint(Relative(.5, steps=3))], []
+    for _ in range(2):
+        learn = fit(make(), cbs=Distill(teacher, terms))
+        fits.append((weights(learn), column(learn, 'class_attention'), column(learn, 'hint'), [(term.calls, term.pulls) for term in terms]))
+    assert torch.equal(fits[0][0], fits[1][0]) and fits[0][1:] == fits[1][1:] and fits[0][3][0] == (4, (0, 0., 0.))
+
+
+@pytest.mark.parametrize('more', [lambda: GradientAccumulation(16), lambda: GradientClip(.1), Autocast], ids=['accumulated', 'clipped', 'half'])
+def test_an_adapter_learns_among_other_callbacks(make, teacher, more):
+    hint, begins, learn = Hint(), Begins(), make()
+    fit(learn, 3, cbs=[Distill(teacher, hint), begins, more()])
+    values = column(learn, 'hint')
+    assert learns(hint, begins) and values[-1] < values[0] and network_only(learn)
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in hint.parameters())
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    return torch.randn(4, 3, 64, 64), torch.randint(0, 7, (4, 64, 64))
+
+
+def test_a_step_is_the_block_and_the_call(teacher, batch):
+    (x, mask), loss_func, ways = batch, SegLoss(), []
+    def by_hand(distiller):
+        with distiller: output = distiller.student(x)
+        task = loss_func(output, mask)
+        terms = distiller(x, mask, output, .5, task)
+        return task + sum(weight * value for value, weight in terms.values()), terms
+    def in_one(distiller):
+        losses = distiller.step(x, mask, loss_func, .5)
+        return losses.total, losses.terms
+    for way in (by_hand, in_one):
+        torch.manual_seed(0)
+        student = toy_student(7)
+        distiller = Distiller(student, teacher, [ClassAttention(max_classes=1), PixelKD(lambda progress: progress), Hint(Relative(.5))])
+        total, terms = way(distiller)
+        total.backward()
+        ways.append((total.item(), {name: (value.item(), weight) for name, (value, weight) in terms.items()},
+                     [p.grad for p in (*student.parameters(), *distiller.parameters())]))
+    assert ways[0][:2] == ways[1][:2] and all(torch.equal(a, b) for a, b in zip(ways[0][2], ways[1][2]))
+
+
+def test_a_distiller_holds_neither_network(teacher, batch):
+    student, hint = toy_student(7), Hint()
+    distiller = Distiller(student, teacher, [ClassAttention(), hint])
+    networks = {id(t) for model in (student, teacher) for t in (*model.parameters(), *model.buffers())}
+    assert {id(p) for p in distiller.parameters()} == {id(p) for p in hint.parameters()}
+    assert not networks & {id(m) for m in distiller.state_dict(keep_vars=True).values()}
+    assert {name.split('.')[:2][1] for name in distiller.state_dict()} == {'class_attention', 'hint'}
+    distiller.train(), distiller.requires_grad_(True)
+    assert not any(m.training for m in teacher.modules()) and not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda term: pickle.loads(pickle.dumps(term))], ids=['copied', 'pickled'])
+def test_a_term_can_be_copied(teacher, batch, copied):
+    "With its parameters and its counters; and what happens to the copy does not happen to the term"
+    (x, mask), student, terms = batch, toy_student(7).eval(), [ClassAttention(max_classes=1), Hint(Relative(.5))]
+    distiller = Distiller(student, teacher, terms)
+    distiller.step(x, mask, SegLoss())
+    twins = [copied(term) for term in terms]
+    for term, twin in zip(terms, twins):
+        assert type(twin) is type(term) and twin.calls == term.calls == 1 and twin.pulls == term.pulls and twin.pairs == term.pairs
+        assert all(torch.equal(a, b) for a, b in zip(term.parameters(), twin.parameters()))
+    values = [Distiller(student, teacher, each).step(x, mask, SegLoss()).terms for each in (terms, twins)]
+    assert [value.item() for value, _ in values[0].values()] == [value.item() for value, _ in values[1].values()]
+    with torch.no_grad(): twins[1].adapter.weight.zero_()
+    assert terms[1].adapter.weight.abs().max() > 0

@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = []
 
+# %% ../nbs/engine/all.ipynb #bf2be573
+import warnings
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
+    import fastai.layers
+
 # %% ../nbs/engine/all.ipynb #e2767963
 from . import attention as _attention
 from . import check as _check

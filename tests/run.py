@@ -20,9 +20,12 @@ import pytest
 from nbdev.config import get_config
 from nbdev.test import nb_test_cells, test_nb
 
+from real_data import real_data_environment
+
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two workers with one thread each beat two with several
 root = Path(__file__).resolve().parents[1]
 sys.path[0] = str(root)  # instead of tests/
+real_data_environment()
 benchmarks = root/'nbs/benchmarks'
 durations = root/'tests/durations.json'  # CPU seconds of an earlier run: a hint for the order, no more
 shared = 'torch', 'torchvision', 'fastai.vision.all', 'ipywidgets', 'matplotlib_inline.backend_inline', 'nbformat'

@@ -6,7 +6,7 @@
 __all__ = ['read_runs', 'paired_gains', 'plot_gains', 'Method', 'Study', 'run_study', 'ShuffledAttention']
 
 # %% ../nbs/engine/study.ipynb #b6d6b894
-import csv, inspect, json, os
+import inspect, json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -23,6 +23,7 @@ from .evaluate import Evaluation, evaluate
 from .explain import explain_classes
 from .files import whole_file
 from .losses import ClassAttention
+from .rows import COLUMNS, append_row, read_rows
 from .terms import Step, Term, describe, described_option
 from .training import Recipe, fit
 from .voc import voc_classes
@@ -39,40 +40,13 @@ def interval(
     half = student_t.ppf((1 + confidence) / 2, len(d) - 1) * d.std(ddof=1) / len(d)**.5
     return float(d.mean() - half), float(d.mean() + half)
 
-# %% ../nbs/engine/study.ipynb #d3f3bb5b
-COLUMNS = ['setting', 'method', 'seed', 'miou', 'seconds', 'device', 'class_iou', 'terms', 'options', 'versions']
-
-def append_row(
-    file: str | Path,  # CSV, made when there is none
-    row: Mapping[str, object],  # with `COLUMNS` as its keys
-) -> None:
-    "Add one line in a single write, so that several processes may add to one file."
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.exists(): _new_file(file)
-    with open(file, 'a', newline='', buffering=1 << 20) as old:
-        csv.writer(old, lineterminator='\n').writerow([row[name] for name in COLUMNS])
-
-def _new_file(file):
-    "A file with a header, which appears whole, and once where several processes make it."
-    draft = file.with_name(f'{file.name}.{os.getpid()}')
-    with open(draft, 'w', newline='') as new: csv.writer(new, lineterminator='\n').writerow(COLUMNS)
-    try: os.link(draft, file)  # where `whole_file` would replace rows that another process has added
-    except FileExistsError: pass
-    except OSError:  # no hard links on this file system
-        if not file.exists(): draft.replace(file)
-    finally: draft.unlink(missing_ok=True)
-
 # %% ../nbs/engine/study.ipynb #56eedf9f
 def read_runs(
     file: str | Path,  # CSV that `run_study` wrote
     setting: str | None = None,  # one comparison of the file; None: all
 ) -> pd.DataFrame:  # one row a training; empty where there is no file
     "The trainings that a file keeps."
-    if not Path(file).exists(): runs = pd.DataFrame(columns=COLUMNS)
-    else: runs = pd.read_csv(file, keep_default_na=False, dtype={'setting': str, 'method': str})
-    missing = [name for name in COLUMNS[:6] if name not in runs]
-    if missing: raise ValueError(f'{file} has no column {missing[0]!r}: give a file that `run_study` wrote')
+    runs = read_rows(file) if Path(file).exists() else pd.DataFrame(columns=COLUMNS)
     runs = runs.astype({'miou': float, 'seconds': float, 'seed': int})
     if setting is None: return runs
     if len(runs) and setting not in set(runs.setting):

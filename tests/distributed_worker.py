@@ -11,6 +11,7 @@ from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL, rank_distrib
 from fastai.learner import Learner
 from fastai.optimizer import SGD
+from hint import Hint
 from torch import nn
 
 from camkd_nb.checkpoint import Checkpoint
@@ -37,9 +38,9 @@ class Unused(nn.Module):
 
 
 class OnEveryBatch(Callback):
-    "The loss of each training batch"
+    "The loss of each training batch, and the adapter before the first"
     order = 6
-    def before_fit(self): self.seen = []
+    def before_fit(self): self.seen, self.adapter = [], flat(self.distill.terms['hint'])
     def after_loss(self):
         if self.training: self.seen.append(self.learn.loss_grad.item())
 
@@ -56,6 +57,7 @@ def frozen_norms(model):
     return model
 
 
+def flat(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 def hooks(model): return sum(len(m._forward_hooks) for m in model.modules())
 
 
@@ -71,9 +73,9 @@ def main(out, unused, dies):
     data = [(images[i], masks[i]) for i in order]
     dls = DataLoaders(DataLoader(data, bs=8 // world, shuffle=False), DataLoader(data[:8], bs=8 // world))
     teacher = toy_teacher(7).eval()
-    torch.manual_seed(1)
+    torch.manual_seed(1 + rank_distrib())  # the processes would make different adapters
     terms = [ClassAttention(.5, region='label', max_classes=None, layers=['backbone.layer3', 'backbone.layer4']), PixelKD(.5), AttentionTransfer(.5, ['backbone.layer4']),
-             ChannelKD(Relative(.01, steps=3))]  # a fit that dies after two batches must go on measuring
+             ChannelKD(Relative(.01, steps=3)), Hint(10.)]  # a fit that dies after two batches must go on measuring
     distill, batches = Distill(teacher, terms), OnEveryBatch()
     learn = Learner(dls, student, loss_func=SegLoss(), opt_func=SGD, lr=1e-3, path=Path(out).parent, cbs=[distill, batches])
     with learn.no_bar(), learn.no_logging():
@@ -83,7 +85,7 @@ def main(out, unused, dies):
             from accelerate import DistributedDataParallelKwargs
             handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused else []
             with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=handlers): learn.fit(2, cbs=[Checkpoint(f'{Path(out).stem}.pth'), *([Dies()] if dies else [])])
-    torch.save(dict(weights=distill.weights, parameters=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), losses=batches.seen,
+    torch.save(dict(weights=distill.weights, parameters=flat(learn.model), adapter=flat(terms[-1]), first=batches.adapter, groups=len(learn.opt.param_lists), losses=batches.seen,
                     hooks=hooks(learn.model) + hooks(teacher), wrapped=type(learn.model).__name__, columns=[list(row) for row in learn.recorder.values]), f'{out}.{rank_distrib()}')
 
 

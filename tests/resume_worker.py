@@ -9,10 +9,12 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.torch_core import set_seed
+from hint import Hint
 
 from camkd_nb.checkpoint import Checkpoint
 from camkd_nb.data import voc_dls
-from camkd_nb.distill import CAMDistill
+from camkd_nb.distill import Distill
+from camkd_nb.losses import ClassAttention
 from camkd_nb.metrics import MeanIoU, SegLoss
 from camkd_nb.models import toy_student, toy_teacher
 from camkd_nb.terms import Relative
@@ -43,14 +45,15 @@ def main(folder, how):
     set_seed(0, reproducible=True)
     dls = voc_dls(toy_voc(folder / 'toy', n_train=32, n_valid=8, size=64), size=64, bs=8)
     learn = Learner(dls, toy_student(7), loss_func=SegLoss(), metrics=MeanIoU(), path=folder, model_dir=how if how == 'whole' else 'models')
-    # killed while the relative weight is still being measured
-    cbs = [CAMDistill(toy_teacher(pretrained=True), weight=Relative(.3, steps=10)), EarlyStoppingCallback(patience=9)]
+    hint = Hint()
+    terms = [ClassAttention(Relative(.3, steps=10)), hint]  # killed while the relative weight is still being measured
+    cbs = [Distill(toy_teacher(pretrained=True), terms), EarlyStoppingCallback(patience=9)]
     if how == 'epoch': cbs += [Checkpoint(), Killed()]
     if how == 'saving': cbs += [Checkpoint()]; killed_while_saving()
     if how == 'resume': cbs += [Checkpoint()]
     learn.fit_one_cycle(4, 5e-3, cbs=cbs)
-    parameters = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
-    torch.save(dict(parameters=parameters, epochs=len(learn.recorder.values), hypers=[dict(h) for h in learn.opt.hypers]), folder / f'{how}.result')
+    parameters, adapter = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (learn.model, hint))
+    torch.save(dict(parameters=parameters, adapter=adapter, epochs=len(learn.recorder.values), hypers=[dict(h) for h in learn.opt.hypers]), folder / f'{how}.result')
 
 
 if __name__ == '__main__': main(Path(sys.argv[1]), sys.argv[2])

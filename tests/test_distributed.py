@@ -36,10 +36,12 @@ def test_two_processes_are_one(tmp_path, parameters):
     assert first['weights'] == second['weights'] and 0 < first['weights']['channel_kd'] == pytest.approx(one['weights']['channel_kd'], rel=.02)
     # A term counts the classes of its own process that the teacher sees at all, hence not to the last bit.
     assert (first['parameters'] - one['parameters']).abs().max() < 1e-4
+    assert torch.equal(first['adapter'], second['adapter'])
+    assert torch.equal(first['first'], one['first']) and (first['adapter'] - one['adapter']).norm() < 1e-3 * (one['adapter'] - one['first']).norm()
     joined = [(a + b) / 2 for a, b in zip(first['losses'], second['losses'])]
     assert joined == pytest.approx(one['losses'], rel=2e-3) and len(joined) == 4
     for state in (first, second):
-        assert state['hooks'] == 0 and state['wrapped'] == one['wrapped']
+        assert state['hooks'] == 0 and state['groups'] == 1 and state['wrapped'] == one['wrapped']
     assert not list(tmp_path.rglob('*.pth'))  # the first process kept a checkpoint, and took it away at the end
 
 
@@ -49,5 +51,5 @@ def test_two_processes_go_on_after_they_died(tmp_path):
     torchrun(tmp_path / 'again', 'dies', 2, fails=True)
     assert [p.name for p in tmp_path.rglob('*.pth')] == ['again.pth']
     torchrun(tmp_path / 'again', 'used', 2)
-    whole, first, second = (torch.load(tmp_path / name)['parameters'] for name in ('whole.0', 'again.0', 'again.1'))
-    assert torch.equal(first, second) and torch.equal(first, whole)
+    whole, first, second = (torch.load(tmp_path / name) for name in ('whole.0', 'again.0', 'again.1'))
+    for part in ('parameters', 'adapter'): assert torch.equal(first[part], second[part]) and torch.equal(first[part], whole[part])

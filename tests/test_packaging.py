@@ -152,6 +152,9 @@ def test_version_has_one_home(metadata):
     assert metadata.version == version
 
 
+widgets = {'IPython', 'comm', 'ipywidgets', 'jupyterlab_widgets', 'pygments', 'traitlets', 'widgetsnbextension'}  # what ipywidgets loads
+
+
 def test_import_loads_little_more_than_fastai():
     "The packages that a module loads on top of `fastai.vision.all`, each module in a fork of its own"
     loaded = python(f'''
@@ -168,13 +171,41 @@ def loads(name):
 with multiprocessing.get_context('fork').Pool(1, maxtasksperchild=1) as pool:
     print(json.dumps(dict(zip({modules}, pool.map(loads, {modules}, chunksize=1)))))
 ''')
-    widgets = {'IPython', 'comm', 'ipywidgets', 'jupyterlab_widgets', 'pygments', 'traitlets', 'widgetsnbextension'}
-    extra = {name: set(found) - (widgets if name == 'explore' else set()) for name, found in loaded.items()}
+    extra = {name: set(found) - (widgets if name in ('explore', 'all') else set()) for name, found in loaded.items()}
     assert {name: found for name, found in extra.items() if found} == {}
 
 
-@pytest.mark.parametrize('module, heavy', [('voc', 'torch'), ('attention', 'fastai'), ('losses', 'fastai')])
+public_names = '''
+    toy_voc voc_dls VOC_CLASSES VOID read_mask voc_check voc_download
+    SegLoss MeanIoU PixelAccuracy evaluate predict
+    deeplabv3 pspnet build_model toy_teacher toy_student voc_teacher cost_table
+    class_attention ClassMaps show_attention AttentionExplorer
+    ClassAttention PixelKD ChannelKD AttentionTransfer PairwiseKD IFV Relative Term Distiller
+    Distill CAMDistill Checkpoint
+    Study Method run_study read_runs paired_gains plot_gains'''.split()
+
+
+def test_one_import_gives_every_public_name_and_loads_what_is_declared():
+    "`from camkd_nb.all import *` in a fresh process: on top of fastai.vision.all only requirements and what they load"
+    declared = [Requirement(line).name for line in lines('requirements')]
+    modules_of = {module for module, names in packages_distributions().items() if {name.lower() for name in names} & set(declared)}
+    given, loaded = python('''
+import json, sys
+import fastai.vision.all
+
+def packages(): return {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names) - {'camkd_nb'}
+
+before, given = packages(), {}
+exec('from camkd_nb.all import *', given)
+kinds = {name: type(value).__name__ for name, value in given.items() if name != '__builtins__'}
+print(json.dumps([kinds, sorted(packages() - before)]))
+''')
+    assert set(public_names) - set(given) == set()
+    assert [name for name, kind in given.items() if name[0] == '_' or kind == 'module'] == []
+    assert set(loaded) <= modules_of | widgets
+
+
+@pytest.mark.parametrize('module, heavy', [('voc', 'torch'), *((module, 'fastai') for module in ('attention', 'losses', 'terms', 'distiller', 'layers', 'tensors', 'regions'))])
 def test_plain_modules_stay_plain(module, heavy):
-    "voc needs Pillow and NumPy only; attention and losses serve any PyTorch loop"
-    if module not in modules: pytest.skip(f'{module} is not there')
+    "voc needs Pillow and NumPy only; attention, losses, terms and the distiller serve any PyTorch loop"
     assert not python(f'import json, sys, camkd_nb.{module}; print(json.dumps("{heavy}" in sys.modules))')

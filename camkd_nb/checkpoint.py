@@ -58,7 +58,7 @@ def _callbacks_state(learn):
 
 # %% ../nbs/engine/checkpoint.ipynb #064495a8
 def _random_state():
-    legacy = np.random.get_state()
+    legacy: list = list(np.random.get_state())
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [random.getstate(), [legacy[0], legacy[1].tolist(), *legacy[2:]], torch.get_rng_state(), *cuda]
 

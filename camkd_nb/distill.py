@@ -250,7 +250,7 @@ class Distill(_Attached):
     def after_loss(self) -> None: _add_terms(self, self.learn)
     def after_backward(self) -> None: same_gradients(self.distiller.parameters())
     def after_train(self) -> None: _end_epoch(self)
-    def after_fit(self) -> None: fitting(self.learn) and vars(self).update(distiller=None)
+    def after_fit(self) -> None: self.distiller = None if fitting(self.learn) else self.distiller
 
     def value(self, name: str) -> float:
         "A term's smoothed value, before its weight; NaN where it was never computed."

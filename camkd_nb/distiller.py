@@ -146,6 +146,8 @@ class TappedPair(nn.Module):
     given: nn.Module  # the student as it was given, perhaps in a wrapper
     student: nn.Module
     teacher: nn.Module
+    _taps: Taps | None
+    _activations: dict[str, Tensor]
 
     def __init__(self,
         student: nn.Module,  # the network that is trained; nothing of it is changed
@@ -153,7 +155,7 @@ class TappedPair(nn.Module):
     ) -> None:
         super().__init__()
         _check_networks(student, teacher)
-        vars(self).update(given=student, student=unwrapped(student), teacher=teacher)
+        self.__dict__.update(given=student, student=unwrapped(student), teacher=teacher)
         self.paths: list[str] = []  # of the student's layers
         self._taps, self._activations = None, {}
         teacher.eval().requires_grad_(False)

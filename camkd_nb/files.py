@@ -14,7 +14,7 @@ from typing import IO
 from uuid import uuid4
 
 try: import fcntl
-except ImportError: fcntl = None  # Windows
+except ImportError: fcntl = None  # type: ignore[assignment]  # Windows
 
 # %% ../nbs/engine/files.ipynb #9d4086a3
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]

@@ -103,18 +103,18 @@ def _predicted(
     n_classes: int,
 ) -> Tensor:  # predicted class indices, int64, (B, H, W)
     "The predicted class of each pixel."
-    pred = logits_of(pred)
-    if pred.ndim == mask.ndim and not pred.is_floating_point():
-        if pred.shape != mask.shape:
-            raise ValueError(f'predictions of shape {tuple(pred.shape)} and a mask of shape {tuple(mask.shape)}: '
+    given = logits_of(pred)
+    if given.ndim == mask.ndim and not given.is_floating_point():
+        if given.shape != mask.shape:
+            raise ValueError(f'predictions of shape {tuple(given.shape)} and a mask of shape {tuple(mask.shape)}: '
                              'give one prediction a label')
-        _check_range(pred.long(), mask == VOID, n_classes)
-        return pred.long()
-    _check_shapes(pred, mask)
-    if pred.shape[-3] != n_classes:
-        raise ValueError(f'the logits have {pred.shape[-3]} classes, the confusion matrix has {n_classes}: '
+        _check_range(given.long(), mask == VOID, n_classes)
+        return given.long()
+    _check_shapes(given, mask)
+    if given.shape[-3] != n_classes:
+        raise ValueError(f'the logits have {given.shape[-3]} classes, the confusion matrix has {n_classes}: '
                          'build both for the same classes')
-    return pred.max(dim=-3).indices  # not argmax, which is four times slower on a CPU
+    return given.max(dim=-3).indices  # not argmax, which is four times slower on a CPU
 
 # %% ../nbs/03_metrics.ipynb #6e8d3777
 def _count_pixels(pred, mask, n):
@@ -211,6 +211,8 @@ def _all_processes(confusion):
 # %% ../nbs/03_metrics.ipynb #25d6030e
 class _ConfusionMetric(Metric):
     "A fastai metric read off the confusion matrix of the whole set."
+    confusion: ConfusionMatrix | None
+
     def reset(self) -> None:
         "Forget what was counted."
         self.confusion = None

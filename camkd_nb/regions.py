@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/engine/regions.ipynb #01301e10
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def present_classes(
 
 # %% ../nbs/engine/regions.ipynb #df90f595
 REGIONS = ('label', 'predicted', 'all')
-Region = str | Tensor  # one of `REGIONS`, or the pixels themselves
+Region: TypeAlias = str | Tensor  # one of `REGIONS`, or the pixels themselves
 
 def _marked(region, classes, size):
     if region.dtype != torch.bool:
@@ -79,7 +80,7 @@ def region_masks(
     return inside if region == 'all' else inside & (logits.argmax(1)[:, None] == asked)
 
 # %% ../nbs/engine/regions.ipynb #a134311a
-Classes = Iterable[int] | Tensor | None  # None: those present; a list: for all images; (B, k): for each
+Classes: TypeAlias = Iterable[int] | Tensor | None  # None: those present; a list: for all images; (B, k): for each
 
 def _given_classes(classes, logits):
     "Classes as they were given, as int64 tensor (B, k) that fits the logits."

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/engine/rows.ipynb #8efc3360
 import csv, io, json, os, re, warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +24,8 @@ def _line(fields):
     return text.getvalue().removesuffix('\r\n').encode('utf-8') + b'\n'
 
 # %% ../nbs/engine/rows.ipynb #9a27524a
-_NUMBERS = {'seed': lambda text: int(text.removesuffix('.0')), 'miou': float, 'seconds': float}
+_NUMBERS: dict[str, Callable[[str], float]] = {
+    'seed': lambda text: int(text.removesuffix('.0')), 'miou': float, 'seconds': float}
 
 def _converted(columns, fields):
     "The values of a record; `ValueError` where it is not whole."

@@ -90,7 +90,7 @@ class FitModule(nn.Module):
         self._student = weakref.ref(student)
 
     def get_extra_state(self) -> dict[str, object]: return {name: getattr(self, name) for name in self.counters}
-    def set_extra_state(self, state: dict[str, object]) -> None: vars(self).update(state)
+    def set_extra_state(self, state: dict[str, object]) -> None: self.__dict__.update(state)
     def __getstate__(self) -> dict: return {**vars(self), '_student': None}  # a copy has taught nobody
 
 # %% ../nbs/engine/terms.ipynb #9812ea2f

@@ -30,7 +30,6 @@ def public(path):
 def parameters(node): return [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ('self', 'cls')]
 
 
-@pytest.mark.xfail(strict=False, reason='hints are on their way')
 @each_module
 def test_every_parameter_and_result_has_a_hint(path):
     bare = {name: [a.arg for a in parameters(node) if not a.annotation] + ['return'] * (node.returns is None) for name, node in public(path)}
@@ -47,7 +46,6 @@ def exported(path):
 def says_enough(hint): return inspect.isclass(hint) and (issubclass(hint, nn.Module) or hint.__module__.startswith('camkd_nb.'))
 
 
-@pytest.mark.xfail(strict=False, reason='hints are on their way')
 @each_module
 def test_every_name_is_documented(path):
     "A docstring, hints that fastcore finds, and for a class a comment beside each parameter whose hint does not say enough"
@@ -63,13 +61,11 @@ def test_every_name_is_documented(path):
     assert lacking == {}
 
 
-@pytest.mark.xfail(strict=False, reason='hints are on their way')
 @each_module
 def test_dunders_stand_in_their_class(path):
     assert [node.name for node in tree(path).body if isinstance(node, functions) and patched(node) and node.name.startswith('__')] == []
 
 
-@pytest.mark.xfail(strict=False, reason='hints are on their way')
 @each_module
 def test_modules_and_lines_are_short(path):
     lines = path.read_text(encoding='utf-8').splitlines()
@@ -77,7 +73,6 @@ def test_modules_and_lines_are_short(path):
     assert [i for i, line in enumerate(lines, 1) if len(line) > 120] == []
 
 
-@pytest.mark.xfail(strict=False, reason='hints are on their way')
 def test_type_checker_agrees():
     done = subprocess.run([sys.executable, '-m', 'mypy', '--no-error-summary'], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

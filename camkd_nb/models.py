@@ -208,7 +208,7 @@ def toy_teacher(
     model = SegmentationModel(toy_backbone(16, 2, output_stride), PSPHead(128, n_classes, width=64, dropout=0.))
     if not pretrained: return model
     if n_classes != 7: raise ValueError(f'the toy teacher knows 7 classes, not {n_classes}: use pretrained=False')
-    model.load_state_dict(read_state(files('camkd_nb')/'weights/toy_teacher.pth'))
+    model.load_state_dict(read_state(Path(str(files('camkd_nb')/'weights/toy_teacher.pth'))))
     return model
 
 def toy_student(
@@ -235,10 +235,10 @@ def build_model(
     if name not in model_names(): raise unknown_name('model', name, model_names())
     if name == 'toy_student' and pretrained: raise ValueError(f'no trained weights for {name!r}: use pretrained=False')
     if name == 'toy_student': return toy_student(n_classes, output_stride=output_stride)
-    options = dict(output_stride=output_stride, pretrained=pretrained)
-    if name == 'toy_teacher': return toy_teacher(n_classes, **options)
+    if name == 'toy_teacher': return toy_teacher(n_classes, output_stride=output_stride, pretrained=bool(pretrained))
     head, backbone = name.split('_', 1)
-    return (pspnet if head == 'pspnet' else deeplabv3)(backbone, n_classes, **options)
+    make = pspnet if head == 'pspnet' else deeplabv3
+    return make(backbone, n_classes, output_stride=output_stride, pretrained=pretrained)
 
 # %% ../nbs/04_models.ipynb #86dc247f
 def deeplabv3_mobilenetv2_voc(
@@ -252,7 +252,7 @@ def deeplabv3_mobilenetv2_voc(
     net = _cut(mobilenet_v2(width_mult=width, round_nearest=8 if width >= 1 else 4))
     set_output_stride(net.features, 16)
     model = SegmentationModel(net, ASPPHead(n_in, n_classes, rates=()), align_corners=True)
-    model.load_state_dict(state)
+    load_fitting(model, state, 'the mobile DeepLabV3')
     return model
 
 # %% ../nbs/04_models.ipynb #d0796a11
@@ -264,7 +264,7 @@ def voc_teacher(
     if backbone not in VOC_TEACHERS: raise unknown_name('backbone', backbone, VOC_TEACHERS)
     net = get_model(name := f'deeplabv3_{backbone}', weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
     kept = get_model_weights(name).COCO_WITH_VOC_LABELS_V1
-    net.load_state_dict(read_state(weights) if weights else download_state(kept))
+    load_fitting(net, read_state(weights) if weights else download_state(kept), name)
     net.aux_classifier = None
     return net.eval()
 

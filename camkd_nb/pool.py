@@ -24,7 +24,8 @@ from .files import fingerprint, whole_file
 from .metrics import ConfusionMatrix
 from .tensors import eval_mode, resize
 from .training import Recipe
-from .voc import read_image, read_mask, voc_classes, voc_ids, voc_items
+from .voc import read_image, read_mask, voc_classes, voc_items
+from .weights import read_tensors
 
 # %% ../nbs/engine/pool.ipynb #fbe0cd95
 def _cut(model, n):
@@ -83,38 +84,53 @@ def fill_pool(
     "Augment all images of a recipe, and keep what both stems make of them."
     file, made = Path(file), _made_from(recipe, student, teacher, n)
     if file.exists():
-        found = torch.load(file, weights_only=True, mmap=True).get('made')
-        if found == made: return file
-        raise ValueError(f'{file.name} was made otherwise: {found} where now it is {made}: '
-                         'remove it, or give another file')
+        _check_made(file, _read_pool(file, verify=True)['made'], made)
+        return file
     _check_side(recipe.size, student.growth)
     device = next(student.parameters()).device
     stems = partial(_both_stems, student, teacher.to(device), device)
     with torch.no_grad():
         passes = [_one_pass(recipe, seed, stems, student.growth) for seed in range(n)]
         valid = [(stems(network_input(read_image(image), None, torch.zeros(()))), torch.tensor(read_mask(mask)))
-                 for image, mask in voc_items(recipe.tree, 'val')]
+                 for image, mask in voc_items(recipe.tree, recipe.valid)]
     x, mask = (torch.stack(parts) for parts in zip(*passes))
     with whole_file(file) as draft: torch.save({'x': x, 'mask': mask, 'valid': valid, 'made': made}, draft)
     return file
 
 # %% ../nbs/engine/pool.ipynb #f4a72265
 def _mark(stem):
-    "A hash of all weights and statistics."
-    return fingerprint(*(t.cpu().numpy().tobytes() for t in stem.state_dict().values()))
+    "A hash of a stem's layers, with all their weights and statistics."
+    return fingerprint(repr(stem), *(t.cpu().numpy().tobytes() for t in stem.state_dict().values()))
 
 def _images(recipe):
-    "How many images there are, and a hash of their names."
-    ids = [*training_items(voc_ids(recipe.tree, recipe.train), 1, recipe.n_train), 'val:', *voc_ids(recipe.tree, 'val')]
-    return f'{len(ids) - 1}, {fingerprint(*ids)}'
+    "How many images there are, and a hash of what they and their masks hold."
+    pairs = [*training_items(voc_items(recipe.tree, recipe.train), 1, recipe.n_train),
+             *voc_items(recipe.tree, recipe.valid)]
+    return f'{len(pairs)}, {fingerprint(*(file for pair in pairs for file in pair))}'
 
 def _made_from(recipe, student, teacher, n):
     return {'n': n, 'size': recipe.size, 'resize': recipe.resize, 'scale': list(recipe.scale), 'growth': student.growth,
-            'images': _images(recipe), 'stems': [_mark(student.stem), _mark(teacher.stem)]}
+            'images': _images(recipe), 'classes': voc_classes(recipe.tree),
+            'stems': [_mark(student.stem), _mark(teacher.stem)]}
 
 def _check_side(side, growth):
     if (side - 1) % growth == 0: return
     raise ValueError(f'size={side}: crops need a side of {growth}·k + 1, such as {side // growth * growth + 1}')
+
+# %% ../nbs/engine/pool.ipynb #c9df99ad
+def _read_pool(file, verify=False):
+    "What a pool holds, on the disk where it is not to be verified."
+    try: pool = read_tensors(file, mmap=not verify)
+    except ValueError as e: raise ValueError(f'{e}: remove it, and fill_pool makes it again') from None
+    if isinstance(pool, dict) and {'x', 'mask', 'valid', 'made'} <= pool.keys(): return pool
+    raise ValueError(f'{file} is no pool of this version: remove it, and fill_pool makes it again, or give another file')
+
+def _check_made(file, found, made):
+    "Raise where a pool was made from other things."
+    other = [name for name in made if found.get(name) != made[name]]
+    if not other: return
+    said = ', '.join(f'{name!r}: {found.get(name)!r} where now it is {made[name]!r}' for name in other)
+    raise ValueError(f'{file} was made otherwise, {said}: remove it, or give another file')
 
 # %% ../nbs/engine/pool.ipynb #7b34211b
 def _both_stems(student, teacher, device, x):
@@ -166,7 +182,8 @@ class PoolRecipe(Recipe):
     def contents(self) -> dict:
         "What the pool holds, read once."
         if self.pool is None: raise ValueError('pool=None: give the file that fill_pool wrote')
-        if '_contents' not in vars(self): self._contents = torch.load(self.pool, weights_only=True, mmap=True)
+        if '_contents' not in vars(self): self._contents = _read_pool(self.pool)
+        _check_made(self.pool, self._contents['made'], {'classes': voc_classes(self.tree)})
         return self._contents
 
     def crops(self) -> Crops:
@@ -190,8 +207,8 @@ def evaluate_pool(
     recipe: PoolRecipe,
 ) -> Evaluation:
     "What `evaluate` computes on the validation split, from the pool's features."
-    names, made = voc_classes(recipe.tree), recipe.contents().get('made')
-    if made and made['stems'][model.half] != _mark(model.stem):
+    names, made = voc_classes(recipe.tree), recipe.contents()['made']
+    if made['stems'][model.half] != _mark(model.stem):
         raise ValueError('the pool was made with another stem than this network has: fill one with its own, '
                          'and let all students share their first blocks')
     confusion, device = ConfusionMatrix(len(names)), next(model.parameters()).device

@@ -128,7 +128,7 @@ class Study:
     teacher: nn.Module  # trained
     methods: Mapping[str, Method | Term | Sequence[Term]]  # name -> what differs; an empty list: plain training
     _: KW_ONLY
-    score: Callable[[nn.Module, Recipe], Evaluation] | None = None  # of a trained student; None: `evaluate` on 'val'
+    score: Callable[[nn.Module, Recipe], Evaluation] | None = None  # of a trained student; None: `evaluate`
 
     def __post_init__(self) -> None:
         self.methods = {name: one if isinstance(one, Method) else Method(one) for name, one in self.methods.items()}
@@ -160,7 +160,7 @@ def row_of(
 ) -> dict[str, object]:  # with `COLUMNS` as its keys
     "What a file keeps of a training; the student is scored on whole validation images."
     tree, device = study.recipe.tree, next(student.parameters()).device
-    scores = study.score(student, study.recipe) if study.score else evaluate(student, tree, progress=False)
+    scores = study.score(student, study.recipe) if study.score else evaluate(student, tree, study.recipe.valid, progress=False)
     rows, known = scores.table.reset_index().iterrows(), voc_classes(tree)
     iou = {row['class']: round(float(row['iou']), 4) for _, row in rows if row['class'] in known}
     return dict(setting=study.setting, method=name, seed=seed, miou=round(scores.miou, 5), seconds=round(seconds, 1),
@@ -178,6 +178,7 @@ def options(
     method = study.methods[name]
     networks = {'student': (method.new_student or study.new_student)(), 'teacher': method.teacher or study.teacher}
     recipe = {key: value.name if isinstance(value, Path) else value for key, value in asdict(study.recipe).items()}
+    if recipe['valid'] == Recipe.valid: del recipe['valid']  # which older rows do not have
     return json.loads(json.dumps({
         'recipe': {**recipe, 'tree': Path(study.recipe.tree).name, 'device': None},
         'parameters': {who: sum(p.numel() for p in model.parameters()) for who, model in networks.items()},

@@ -40,6 +40,7 @@ class Recipe:
     n_train: int | None = None  # images to train on; None: all of the split
     scale: tuple[float, float] = (1., 1.)  # smallest and largest random scale
     train: str = 'train'  # split to train on
+    valid: str = 'val'  # split to score on
     amp: str | None = None  # 'bf16', or on a GPU 'fp16': mixed precision; None: float32
 
     def __post_init__(self) -> None:
@@ -61,8 +62,8 @@ class Recipe:
 # %% ../nbs/engine/training.ipynb #76e2c644
 def _batches(recipe, seed):
     bs = min(recipe.bs, recipe.n_train or recipe.bs)
-    dls = voc_dls(recipe.tree, size=recipe.size, bs=bs, train=recipe.train, resize=recipe.resize, scale=recipe.scale,
-                  seed=seed, n_train=recipe.n_train)
+    dls = voc_dls(recipe.tree, size=recipe.size, bs=bs, train=recipe.train, valid=recipe.valid, resize=recipe.resize,
+                  scale=recipe.scale, seed=seed, n_train=recipe.n_train)
     dls = dls.to(torch.device(recipe.device) if recipe.device else default_device())
     recipe.check_device(dls.device)
     return dls

@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../nbs/engine/weights.ipynb #01f20d02
-import hashlib
+import hashlib, zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -16,12 +17,36 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 # %% ../nbs/engine/weights.ipynb #fbc5a296
+def _verify(file):
+    "Raise where bytes of a file are not those that were written; PyTorch writes checksums and does not read them."
+    if not zipfile.is_zipfile(file): return
+    with zipfile.ZipFile(file) as parts:
+        if any(part.CRC for part in parts.infolist()) and parts.testzip(): raise ValueError('another checksum')
+
+def read_tensors(
+    file: str | Path,  # what `torch.save` wrote
+    *,
+    mmap: bool = False,  # read from the disk what is used, when it is used, and verify nothing
+) -> Any:  # on the CPU
+    "Tensors, numbers and texts, and what holds them; a `ValueError` for a file that is damaged or holds other things."
+    try:
+        if not mmap: _verify(file)
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
+    except (OSError, MemoryError): raise
+    except Exception as e:  # a damaged pickle may raise anything
+        raise ValueError(f'{file} is damaged, or holds other things than tensors ({type(e).__name__})') from None
+
 def read_state(
     file: str | Path,  # a state dict that `torch.save` wrote
 ) -> dict[str, Tensor]:  # on the CPU
     "A state dict, read as tensors only."
-    if not Path(file).is_file(): raise ValueError(f'no weight file {file}: give the path of a state dict')
-    return torch.load(file, map_location='cpu', weights_only=True)
+    advice = 'give a file that torch.save(model.state_dict(), file) wrote'
+    if not Path(file).is_file(): raise ValueError(f'no weight file {file}: {advice}')
+    try: state = read_tensors(file)
+    except ValueError as e: raise ValueError(f'{e}: {advice}') from None
+    if isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values()): return state
+    held = f'the keys {", ".join(map(str, list(state)[:5]))}' if isinstance(state, Mapping) else type(state).__name__
+    raise ValueError(f'{file} is no state dict, it holds {held}: {advice}')
 
 # %% ../nbs/engine/weights.ipynb #10a9ce8a
 def download_state(
@@ -46,7 +71,7 @@ def load_fitting(
 ) -> None:
     "Load what `net` has; a `ValueError` for entries that are missing or have another shape."
     own = net.state_dict()
-    bad = [k for k in own if k not in state or state[k].shape != own[k].shape]
+    bad = [k for k in own if k not in state or getattr(state[k], 'shape', None) != own[k].shape]
     if bad: raise ValueError(f'these weights do not fit {name}: {len(bad)} of {len(own)} entries are missing or have '
                              f'another shape, the first is {bad[0]!r}')
     net.load_state_dict({k: state[k] for k in own})

@@ -12,11 +12,10 @@ with warnings.catch_warnings():
     import fastai.layers
 
 # %% ../nbs/09_demo.ipynb #ef07b848
-import argparse, importlib, io, sys
+import argparse, io, sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,70 +25,17 @@ from fastai.torch_core import default_device, set_seed
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
+from .arguments import check_arguments, check_pair, parser, picture_format, recipe_of, student_builder
 from .distill import CAMDistill
 from .evaluate import evaluate
 from .figures import show_attention
-from .files import cache_dir, fingerprint, whole_file
-from .layers import match_layers
-from .losses import ClassAttention
+from .files import whole_file
 from .metrics import ConfusionMatrix
-from .models import build_model, deeplabv3_mobilenetv2_voc, toy_teacher, voc_teacher
 from .tensors import eval_mode, logits_of
-from .toyvoc import TOY_CLASSES, toy_voc
+from .teachers import load_teacher, trained_teacher
+from .toyvoc import toy_voc
 from .training import Recipe, fit, score_on_batches
-from .voc import voc_classes, voc_ids, voc_root
-
-# %% ../nbs/09_demo.ipynb #d14e2fe3
-def trained_teacher(
-    name: str,  # as `build_model` knows it
-    recipe: Recipe,
-) -> nn.Module:  # trained
-    "A teacher trained by the recipe, once: later calls load it from the cache folder."
-    root = voc_root(recipe.tree)
-    classes = voc_classes(root)
-    made_from = (name, classes, voc_ids(root, recipe.train), recipe.epochs, recipe.size, recipe.bs, recipe.lr,
-                 recipe.resize, recipe.n_train, recipe.scale, recipe.amp)
-    file = cache_dir()/f'teacher-{name}-{fingerprint(made_from)}.pth'
-    torch.manual_seed(0)
-    model = build_model(name, len(classes))
-    if not file.exists():
-        fit(model, recipe, label=f'teacher {name}')
-        with whole_file(file) as draft: torch.save(model.state_dict(), draft)
-    model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
-    return model
-
-# %% ../nbs/09_demo.ipynb #e14d2f04
-def load_teacher(
-    spec: str,  # 'toy', 'voc_BACKBONE', 'NAME=FILE', 'module:function' or 'NAME'
-    recipe: Recipe,  # for a teacher that must be trained, and for the number of classes
-) -> nn.Module:
-    "The teacher that a command line names."
-    classes = voc_classes(voc_root(recipe.tree))
-    if spec == 'toy' and classes != TOY_CLASSES:
-        known, held = ', '.join(TOY_CLASSES), ', '.join(classes)
-        raise ValueError(f"the teacher 'toy' knows {known}, but the data hold {held}: name another with --teacher")
-    if spec == 'toy': return toy_teacher(pretrained=True)
-    if spec.startswith('voc_'): return voc_teacher(spec.removeprefix('voc_'))
-    if '=' in spec: return _from_file(spec, len(classes))
-    if ':' in spec: return _call(spec)
-    return trained_teacher(spec, recipe)
-
-# %% ../nbs/09_demo.ipynb #8b5b8629
-def _from_file(spec, n_classes):
-    name, file = spec.split('=', 1)
-    if name == 'deeplabv3_mobilenetv2_voc': return deeplabv3_mobilenetv2_voc(file)
-    model = build_model(name, n_classes)
-    if not Path(file).is_file(): raise ValueError(f'no weight file {file}: give the path of a state dict of {name}')
-    model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
-    return model
-
-def _call(spec):
-    module, function = spec.split(':', 1)
-    try: model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f'cannot call {spec}: {error}. Give module:function, with the module on PYTHONPATH') from error
-    if isinstance(model, nn.Module): return model
-    raise TypeError(f'{spec} returned a {type(model).__name__}: it must return a torch.nn.Module')
+from .voc import voc_classes, voc_root
 
 # %% ../nbs/09_demo.ipynb #d9faa67a
 @dataclass
@@ -114,7 +60,8 @@ def compare(
     distilled, label = deepcopy(plain), f'seed {seed}, '
     seconds = (fit(plain, recipe, seed, label=label + 'student'),
                fit(distilled, recipe, seed, cbs=[CAMDistill(teacher, **options)], label=label + 'distilled student'))
-    before, after = (evaluate(model, recipe.tree, progress=False).miou for model in (plain, distilled))
+    before, after = (evaluate(model, recipe.tree, recipe.valid, progress=False).miou
+                     for model in (plain, distilled))
     return Outcome(seed, before, after, seconds, {'student': plain, 'distilled student': distilled})
 
 # %% ../nbs/09_demo.ipynb #52fbd372
@@ -147,7 +94,7 @@ def telling_images(
     recipe: Recipe,
     *,
     n: int = 64,  # validation images to look at
-) -> tuple[Tensor, Tensor]:  # images, (3, 3, H, W), and masks, (3, H, W)
+) -> tuple[Tensor, Tensor]:  # images, (n, 3, H, W), and masks, (n, H, W), n = 3 where there are so many
     "The two images with the largest gain, and the one with the largest loss."
     images, masks, gains = [], [], []
     for x, mask in recipe.batches().valid:
@@ -157,108 +104,71 @@ def telling_images(
         images.append(x)
         masks.append(mask)
         if len(gains) >= n: break
-    best, second, *_, worst = torch.tensor(gains).nan_to_num(0).argsort(descending=True).tolist()
-    return torch.cat(images)[[best, second, worst]], torch.cat(masks)[[best, second, worst]]
+    order = torch.tensor(gains).nan_to_num(0).argsort(descending=True).tolist()
+    chosen = list(dict.fromkeys(order[:2] + order[-1:]))  # a list may have fewer than three images
+    return torch.cat(images)[chosen], torch.cat(masks)[chosen]
 
 # %% ../nbs/09_demo.ipynb #89ab0bfa
 def save_picture(
-    file: str | Path,  # PNG to write
+    file: str | Path,  # picture to write
     models: Mapping[str, nn.Module],  # name -> network
     recipe: Recipe,
     layers: Mapping[str, str],  # name in `models` -> path of the layer whose maps are shown
 ) -> Path:
-    "Predictions and class attention maps of three validation images, stacked in one PNG."
+    "Predictions and class attention maps of three validation images, stacked in one picture."
     x, mask = telling_images(models, recipe)
     vocab, file = voc_classes(voc_root(recipe.tree)), Path(file)
     parts = [_as_image(show_attention(models, x, mask, shown, vocab=vocab)) for shown in (None, layers)]
     sheet = PILImage.new('RGB', (max(part.width for part in parts), sum(part.height for part in parts)), 'white')
     for part, top in zip(parts, (0, parts[0].height)): sheet.paste(part, (0, top))
-    sheet.save(file)
+    with whole_file(file) as draft: sheet.save(draft, picture_format(file))
     return file
 
 def _as_image(figure):
     figure.savefig(buffer := io.BytesIO(), format='png', dpi=80, bbox_inches='tight')
     return PILImage.open(buffer).convert('RGB')
 
-# %% ../nbs/09_demo.ipynb #ac12432e
-def _add_networks(add):
-    "Data and networks."
-    add('--data', metavar='PATH', help='VOC tree, or a folder that holds one (default: the built-in data)')
-    add('--teacher', default='toy', metavar='SPEC',
-        help="'toy'; voc_resnet101 and its like, torchvision's for the classes of VOC; NAME=FILE, a network and its "
-             'state dict; module:function, called for a network; or NAME, trained first and cached')
-    add('--student', default='toy_student', metavar='NAME',
-        help='toy_student, or HEAD_BACKBONE such as pspnet_mobilenet_v2')
-    add('--pretrained', metavar='FILE',
-        help="state dict for the student's backbone, or 'imagenet' to download torchvision's")
-    add('--output-stride', type=int, default=8, choices=(8, 16, 32),
-        help="the student's input side over its feature map's side")
-    add('--layers', metavar='LIST',
-        help='layers to compare, as student=teacher,student=teacher (default: the last stage of each)')
+# %% ../nbs/09_demo.ipynb #07eef408
+_NOTE = """Students that camkd-demo trained, as state dicts.
 
-# %% ../nbs/09_demo.ipynb #2561b86c
-def _add_training(add):
-    "Term, seeds, recipe and picture."
-    add('--weight', type=float, default=ClassAttention().weight, help='weight of the class attention term, 0 or more')
-    add('--seeds', type=int, default=1, metavar='N', help='number of pairs of runs, seeds 0 to N-1')
-    add('--epochs', type=int, default=Recipe.epochs, help='passes over the training images')
-    add('--size', type=int, default=Recipe.size, help='side of the training crops, pixels')
-    add('--resize', type=int, help='long side of the images before augmentation, pixels (default: as stored)')
-    add('--scale', type=float, nargs=2, default=Recipe.scale, metavar=('LOW', 'HIGH'),
-        help='random scale of the training images')
-    add('--bs', type=int, default=Recipe.bs, help='images a batch')
-    add('--lr', type=float, default=Recipe.lr, help='peak learning rate of the one-cycle schedule')
-    add('--train', default=Recipe.train, metavar='SPLIT',
-        help='list of the training images, such as trainaug')
-    add('--amp', choices=('bf16', 'fp16'), help='mixed precision, fp16 on a GPU only (default: float32)')
-    add('--n-train', type=int, help='number of training images (default: all)')
-    add('--device', help='cpu, cuda, ... (default: a GPU when there is one)')
-    add('--out', default='camkd_demo.png', metavar='FILE', help='picture to write')
+    student-seedN.pth            without a teacher
+    distilled-student-seedN.pth  with its class attention
 
-# %% ../nbs/09_demo.ipynb #dfb78daa
-def _parser():
-    parser = argparse.ArgumentParser(
-        prog='camkd-demo', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description='Train one student twice from the same start, without and with class attention distillation. '
-                    'Prints mIoU in points, the mean over classes of intersection over union, at the full size of the '
-                    'validation images.')
-    _add_networks(parser.add_argument)
-    _add_training(parser.add_argument)
-    return parser
+To load one:
+
+    import torch
+    from camkd_nb.models import build_model
+    model = build_model({name!r}, {n_classes}, output_stride={stride})
+    model.load_state_dict(torch.load('student-seed0.pth', weights_only=True))
+    model.eval()
+
+Input: RGB images, normalised with ImageNet's mean and standard deviation, (B, 3, H, W).
+Classes: {classes}
+
+{table}
+"""
+
+def save_students(
+    folder: Path,  # there is one
+    outcomes: Sequence[Outcome],  # all so far; the networks of the last one are written
+    args: argparse.Namespace,  # has the student's name and stride
+    recipe: Recipe,
+) -> None:
+    "Keep two state dicts, and a note how to load them."
+    vocab, last = voc_classes(recipe.tree), outcomes[-1]
+    for name, model in last.models.items():
+        state = {key: value.cpu() for key, value in model.state_dict().items()}
+        with whole_file(folder/f'{name.replace(" ", "-")}-seed{last.seed}.pth', sync=True) as draft:
+            torch.save(state, draft)
+    note = _NOTE.format(name=args.student, n_classes=len(vocab), stride=args.output_stride, classes=', '.join(vocab),
+                        table=result_table(outcomes))
+    with whole_file(folder/'README.txt') as draft: draft.write_text(note, encoding='utf-8')
 
 # %% ../nbs/09_demo.ipynb #cdc558a8
-def _layers(text):
-    if text is None: return None
-    pairs = [part.split('=') for part in text.split(',')]
-    return {pair[0]: pair[-1] for pair in pairs}
-
-def _student_builder(args, n_classes):
-    pretrained = {None: False, 'imagenet': True}.get(args.pretrained, args.pretrained)
-    return partial(build_model, args.student, n_classes, pretrained=pretrained, output_stride=args.output_stride)
-
-def _check_arguments(args):
-    for name in ('seeds', 'epochs', 'size', 'bs'):
-        if getattr(args, name) < 1: raise ValueError(f'--{name} {getattr(args, name)}: give 1 or more')
-    if not Path(args.out).resolve().parent.is_dir():
-        raise ValueError(f'--out {args.out}: there is no such folder, make it first')
-    ClassAttention(args.weight)
-
-def _check_pair(student, teacher, recipe, layers):
-    n_classes, blank = len(voc_classes(recipe.tree)), torch.zeros(1, 3, recipe.size, recipe.size)
-    with eval_mode(teacher), torch.no_grad(): known = logits_of(teacher(blank)).shape[1]
-    if known == n_classes: return match_layers(student, teacher, layers)
-    raise ValueError(f'the teacher gives {known} classes, but the data hold {n_classes}: '
-                     'give a teacher for the same classes, in the same order')
-
-# %% ../nbs/09_demo.ipynb #3d40e724
-def _recipe(args, tree):
-    names = ('epochs', 'size', 'bs', 'lr', 'resize', 'device', 'n_train', 'train', 'amp')
-    return Recipe(tree, scale=tuple(args.scale), **{name: getattr(args, name) for name in names})
-
 def _examine(teacher, recipe):
     "Print the teacher's scores, and warn of one that is poor where it teaches."
     teacher.to(torch.device(recipe.device) if recipe.device else default_device())
-    whole = evaluate(teacher, recipe.tree, progress=sys.stdout.isatty()).miou
+    whole = evaluate(teacher, recipe.tree, recipe.valid, progress=sys.stdout.isatty()).miou
     on_batches = score_on_batches(teacher, recipe)
     print(f'teacher: mIoU {100 * whole:.1f} on whole images, {100 * on_batches:.1f} on the training batches',
           flush=True)
@@ -266,31 +176,71 @@ def _examine(teacher, recipe):
         print('warning: the teacher is much worse on the training batches; it may do harm. '
               'Try a larger --size, or --scale nearer to 1')
 
+@dataclass
+class _Job:
+    "All that a command line asks for, found and checked."
+    new_student: Callable[[], nn.Module]
+    teacher: nn.Module
+    recipe: Recipe
+    layers: dict[str, str]
+
+def _prepare(args):
+    "The job; nothing is trained but a teacher that is named alone."
+    check_arguments(args)
+    tree = voc_root(args.data) if args.data else toy_voc(n_train=400, n_valid=200)
+    recipe = recipe_of(args, tree)
+    new_student = student_builder(args, len(voc_classes(tree)))
+    student = new_student()
+    teacher = load_teacher(args.teacher, recipe)
+    layers = check_pair(student, teacher, recipe, args.layers)
+    _examine(teacher, recipe)
+    return _Job(new_student, teacher, recipe, layers)
+
+# %% ../nbs/09_demo.ipynb #baa84a80
+def _all_seeds(job, args):
+    "The outcome of each seed; those that are finished are printed in any case."
+    outcomes = []
+    try:
+        for seed in range(args.seeds):
+            outcomes.append(compare(job.new_student, job.teacher, job.recipe, seed, layers=job.layers,
+                                    weight=args.weight))
+            if args.save is not None: save_students(Path(args.save).expanduser(), outcomes, args, job.recipe)
+    except KeyboardInterrupt:
+        done = f'{len(outcomes)} of {args.seeds} seeds finished, no picture written'
+        raise KeyboardInterrupt(done) from None
+    finally:
+        if outcomes: print(result_table(outcomes), flush=True)
+    return outcomes
+
 # %% ../nbs/09_demo.ipynb #32de18ce
 def run(
     args: argparse.Namespace,  # as the command line gives it
 ) -> list[Outcome]:
     "The main job: teacher, pairs of students, table and picture."
-    _check_arguments(args)
-    tree = voc_root(args.data) if args.data else toy_voc(n_train=400, n_valid=200)
-    recipe = _recipe(args, tree)
-    new_student = _student_builder(args, len(voc_classes(tree)))
-    student = new_student()
-    teacher = load_teacher(args.teacher, recipe)
-    layers = _check_pair(student, teacher, recipe, _layers(args.layers))
-    _examine(teacher, recipe)
-    outcomes = [compare(new_student, teacher, recipe, seed, layers=layers, weight=args.weight)
-                for seed in range(args.seeds)]
-    print(result_table(outcomes))
-    shown = {'teacher': teacher, **outcomes[0].models}
-    last = list(layers.items())[-1]
-    print('picture:', save_picture(args.out, shown, recipe, {name: last[name == 'teacher'] for name in shown}))
+    return _run(_prepare(args), args)
+
+def _run(job, args):
+    outcomes = _all_seeds(job, args)
+    shown, last = {'teacher': job.teacher, **outcomes[0].models}, list(job.layers.items())[-1]
+    layers = {name: last[name == 'teacher'] for name in shown}
+    try: file = save_picture(Path(args.out).expanduser(), shown, job.recipe, layers)
+    except KeyboardInterrupt: raise KeyboardInterrupt('all seeds finished, no picture written') from None
+    print('picture:', file)
     return outcomes
+
+def _end(status, error):
+    "Say one line, and leave."
+    print('camkd-demo:', ' '.join(str(error).split()) or type(error).__name__, file=sys.stderr)
+    sys.exit(status)
 
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: the process's own
 ) -> None:
-    "The console command `camkd-demo`."
-    try: run(_parser().parse_args(argv))
-    except (ValueError, TypeError, OSError) as error: sys.exit(f'camkd-demo: {error}')
-    except KeyboardInterrupt: sys.exit('\ncamkd-demo: stopped; nothing half-finished is left behind')
+    "The console command `camkd-demo`; its status is 2 where arguments are wrong, 1 where something else is."
+    args = parser().parse_args(argv)
+    try:
+        try: job = _prepare(args)
+        except (ValueError, TypeError, OSError, RuntimeError) as error: _end(2, error)
+        try: _run(job, args)
+        except (ValueError, TypeError, OSError) as error: _end(1, error)
+    except KeyboardInterrupt as stop: _end(130, f'stopped, {stop.args[0] if stop.args else "before the first seed"}')

@@ -36,7 +36,7 @@ def _is_left_over(path):
 
 def remove_left_overs(
     folder: str | Path,  # where drafts may lie
-    pattern: str = '.*.part',  # of their names, which end with a `draft_mark`, or with that and '.part'
+    pattern: str = '.*',  # of their names, which end with a `draft_mark`, or with that and '.part'
 ) -> None:
     "Remove the drafts, files or folders, of processes that are gone."
     for path in Path(folder).glob(pattern):
@@ -72,10 +72,26 @@ def whole_file(
 def _onto_disk(file):
     with open(file, 'rb+') as written: os.fsync(written.fileno())
 
+# %% ../nbs/engine/files.ipynb #7a7601b2
+@contextmanager
+def whole_folder(
+    folder: str | Path,  # where the folder is to appear; not there yet, or empty
+) -> Iterator[Path]:  # a folder beside it, to write to
+    "Write into the folder inside the block; it takes its name at the end, and is removed if the block fails."
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_left_overs(folder.parent)
+    draft = folder.with_name(f'.{folder.name[:40]}.{draft_mark()}')
+    draft.mkdir()
+    try:
+        yield draft
+        os.replace(draft, folder)
+    finally: shutil.rmtree(draft, ignore_errors=True)
+
 # %% ../nbs/engine/files.ipynb #04f42dd6
 @contextmanager
 def locked(
-    opened: IO,  # a file that is open
+    opened: IO | int,  # a file that is open, or its number
     *,
     shared: bool = False,  # readers may hold the lock together
 ) -> Iterator[None]:
@@ -86,6 +102,19 @@ def locked(
     finally:
         if fcntl:
             with suppress(OSError): fcntl.flock(opened, fcntl.LOCK_UN)
+
+@contextmanager
+def locked_folder(
+    folder: str | Path,  # there is one
+) -> Iterator[None]:
+    "Hold a folder's lock inside the block, for work that two processes would do twice; no lock as in `locked`."
+    if not fcntl:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with locked(opened): yield
+    finally: os.close(opened)
 
 # %% ../nbs/engine/files.ipynb #2ab0878b
 def fingerprint(

@@ -123,7 +123,7 @@ def _read_pool(file, verify=False):
     try: pool = read_tensors(file, mmap=not verify)
     except ValueError as e: raise ValueError(f'{e}: remove it, and fill_pool makes it again') from None
     if isinstance(pool, dict) and {'x', 'mask', 'valid', 'made'} <= pool.keys(): return pool
-    raise ValueError(f'{file} is no pool of this version: remove it, and fill_pool makes it again, or give another file')
+    raise ValueError(f'{file} is no pool of this version: remove it, and fill_pool makes it again')
 
 def _check_made(file, found, made):
     "Raise where a pool was made from other things."

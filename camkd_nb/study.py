@@ -160,7 +160,8 @@ def row_of(
 ) -> dict[str, object]:  # with `COLUMNS` as its keys
     "What a file keeps of a training; the student is scored on whole validation images."
     tree, device = study.recipe.tree, next(student.parameters()).device
-    scores = study.score(student, study.recipe) if study.score else evaluate(student, tree, study.recipe.valid, progress=False)
+    if study.score: scores = study.score(student, study.recipe)
+    else: scores = evaluate(student, tree, study.recipe.valid, progress=False)
     rows, known = scores.table.reset_index().iterrows(), voc_classes(tree)
     iou = {row['class']: round(float(row['iou']), 4) for _, row in rows if row['class'] in known}
     return dict(setting=study.setting, method=name, seed=seed, miou=round(scores.miou, 5), seconds=round(seconds, 1),

@@ -44,8 +44,8 @@ def read_state(
     if not Path(file).is_file(): raise ValueError(f'no weight file {file}: {advice}')
     try: state = read_tensors(file)
     except ValueError as e: raise ValueError(f'{e}: {advice}') from None
-    if isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values()): return state
-    held = f'the keys {", ".join(map(str, list(state)[:5]))}' if isinstance(state, Mapping) else type(state).__name__
+    if isinstance(state, dict) and any(isinstance(value, Tensor) for value in state.values()): return state
+    held = f'the keys {", ".join(map(str, list(state)[:5]))}' if isinstance(state, dict) else type(state).__name__
     raise ValueError(f'{file} is no state dict, it holds {held}: {advice}')
 
 # %% ../nbs/engine/weights.ipynb #10a9ce8a

@@ -61,6 +61,7 @@ def _guarded_epoch(distill, do_epoch):
 
 def _join_optimiser(distill, learn, parameters):
     "Put the terms' parameters into the optimiser, for the length of a fit."
+    for p in parameters: p.grad = None  # a search for a learning rate leaves some
     distill.own_group = OwnGroup(learn.opt, parameters)
     learn._do_epoch = partial(_guarded_epoch, distill, learn._do_epoch)
 

@@ -178,11 +178,12 @@ def test_memory_stays_flat(teacher):
 
 
 class Begins(Callback):
-    "A copy of the adapter with which a fit begins, and the sizes of the optimiser's groups meanwhile"
+    "The adapter with which a fit begins, its gradients, and the sizes of the optimiser's groups meanwhile"
     order = 6  # after the term has joined
     def before_train(self):
         if self.epoch: return
         self.adapter = [p.detach().clone() for p in self.distill.terms['hint'].parameters()]
+        self.grads = [p.grad for p in self.distill.terms['hint'].parameters()]
         self.groups = list(map(len, self.opt.param_lists))
 
 
@@ -228,11 +229,13 @@ def test_an_adapter_leaves_a_fit_that_breaks_off(make, teacher, kept, error, tra
 
 
 def test_a_search_for_a_learning_rate_leaves_nothing(make, teacher):
-    learn = make(cbs=Distill(teacher, Hint()))
+    hint, begins = Hint(), Begins()
+    learn = make(cbs=[Distill(teacher, hint), begins])
     before = weights(learn)
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=6, show_plot=False)
     assert network_only(learn) and torch.equal(weights(learn), before)
-    assert network_only(fit(learn)) and column(learn, 'hint')[0] > 0
+    assert all(torch.equal(now, first) for now, first in zip(hint.parameters(), begins.adapter))
+    assert network_only(fit(learn)) and learns(hint, begins) and begins.grads == [None, None]
 
 
 class Peeks(Callback):

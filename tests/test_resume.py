@@ -1,4 +1,5 @@
 """A training process that is killed with signal 9, and started again."""
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ worker = Path(__file__).with_name('resume_worker.py')
 
 
 def start(folder, how):
-    done = subprocess.run([sys.executable, worker, folder, how], text=True, capture_output=True, timeout=300, cwd=worker.parents[1])
+    env = {**os.environ, 'PYTHONPATH': str(worker.parents[1])}  # this checkout's package, not an installed one
+    done = subprocess.run([sys.executable, worker, folder, how], env=env, text=True, capture_output=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

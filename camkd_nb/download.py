@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastprogress import progress_bar
 
-from .files import whole_file
+from .files import locked_folder, whole_file
 from .voc import voc_ids, voc_root, write_mask
 
 # %% ../nbs/engine/download.ipynb #92f45908
@@ -94,7 +94,7 @@ def _get(archive, urls, md5, progress):
 # %% ../nbs/engine/download.ipynb #988522de
 def _unpack(archive, dest, base):
     "Unpack beside the destination, then move the tree to `dest/base` in one step."
-    for left_over in dest.glob('.unpacking-*'): shutil.rmtree(left_over)  # of a process that was killed
+    for left_over in dest.glob('.unpacking-*'): shutil.rmtree(left_over)  # of who was killed: we have the lock
     with tempfile.TemporaryDirectory(dir=dest, prefix='.unpacking-') as folder:
         try:
             with tarfile.open(archive) as tar: tar.extractall(folder, filter='data')
@@ -120,12 +120,13 @@ def voc_download(
     mirrors, official, base = _official(year)
     _both_or_neither(urls, md5)
     dest = Path(dest).expanduser()
-    if (dest/base).is_dir(): return dest/base
     dest.mkdir(parents=True, exist_ok=True)
-    archive = dest/f'VOC{year}.tar'
-    _get(archive, urls or mirrors, md5 or official, progress)
-    _unpack(archive, dest, base)
-    archive.unlink()
+    with locked_folder(dest):  # who comes second waits, and finds the tree
+        if (dest/base).is_dir(): return dest/base
+        archive = dest/f'VOC{year}.tar'
+        _get(archive, urls or mirrors, md5 or official, progress)
+        _unpack(archive, dest, base)
+        archive.unlink()
     return dest/base
 
 # %% ../nbs/engine/download.ipynb #3106f6d5
@@ -165,9 +166,10 @@ def voc_add_sbd(
     from torchvision.datasets import SBDataset
     root = voc_root(path)
     listed, archive = root/'ImageSets/Segmentation/trainaug.txt', root/'SBD.tgz'
-    if listed.exists(): return listed
-    _get(archive, urls or [SBDataset.url], md5 or SBDataset.md5, progress)
-    ids = sorted({*_add_masks(root, archive), *voc_ids(root, 'train')} - set(voc_ids(root, 'val')))
-    with whole_file(listed) as draft: draft.write_text('\n'.join(ids) + '\n')
-    archive.unlink()
+    with locked_folder(root):
+        if listed.exists(): return listed
+        _get(archive, urls or [SBDataset.url], md5 or SBDataset.md5, progress)
+        ids = sorted({*_add_masks(root, archive), *voc_ids(root, 'train')} - set(voc_ids(root, 'val')))
+        with whole_file(listed) as draft: draft.write_text('\n'.join(ids) + '\n')
+        archive.unlink()
     return listed

@@ -7,6 +7,7 @@ __all__ = ['predict', 'Evaluation', 'evaluate']
 
 # %% ../nbs/engine/evaluate.ipynb #6f7a49cd
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .explain import explain_classes
+from .files import whole_folder
 from .metrics import ConfusionMatrix
 from .tensors import eval_mode, imagenet_stats, logits_of, resize
 from .voc import VOID, check_mask, check_pair, read_image, read_mask, voc_classes, voc_items, voc_root, write_mask
@@ -122,7 +124,6 @@ def _results_folder(save_to, tree, split):
     folder = Path(save_to)/'results'/tree/'Segmentation'/f'comp6_{split}_cls'
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f'{folder} holds files: remove them, or give another save_to')
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 # %% ../nbs/engine/evaluate.ipynb #09b12207
@@ -143,12 +144,12 @@ def evaluate(
     root, like = voc_root(path), next(model.parameters(), torch.zeros(()))
     vocab, items = voc_classes(root), voc_items(root, split)
     folder, confusion = save_to and _results_folder(save_to, root.name, split), ConfusionMatrix(len(vocab))
-    with eval_mode(model), torch.no_grad():
+    with whole_folder(folder) if folder else nullcontext() as draft, eval_mode(model), torch.no_grad():
         for files in progress_bar(items, leave=False) if progress else items:
             image, mask = _read_pair(files, len(vocab))
             scores = _segment(model, image, size, pad, flip, scales)
             confusion.update(scores, torch.tensor(mask, device=like.device)[None])
-            if folder: write_mask(_classes(scores), folder/files[1].name)
+            if draft: write_mask(_classes(scores), draft/files[1].name)
     return Evaluation(confusion.miou(), confusion.pixel_accuracy(), confusion.table(vocab), confusion.matrix.cpu())
 
 # %% ../nbs/engine/evaluate.ipynb #25ee4214

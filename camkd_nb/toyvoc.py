@@ -6,13 +6,13 @@
 __all__ = ['TOY_CLASSES', 'toy_voc']
 
 # %% ../nbs/01_toyvoc.ipynb #10a0cb4b
-import json, os, shutil, tempfile
+import json, os, shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .files import cache_dir
+from .files import cache_dir, locked_folder, whole_folder
 from .voc import VOID, write_mask
 
 # %% ../nbs/01_toyvoc.ipynb #6af2d1ad
@@ -121,7 +121,8 @@ def _write_pair(tree, seed, size, item):
     Image.fromarray(image).save(tree / 'JPEGImages' / f'{split}_{number:06d}.jpg', quality=95)
     write_mask(mask, tree / 'SegmentationClass' / f'{split}_{number:06d}.png')
 
-def _write_tree(tree, n_train, n_valid, size, seed):
+def _write_tree(tree, **settings):
+    n_train, n_valid, size, seed = (settings[name] for name in ('n_train', 'n_valid', 'size', 'seed'))
     lists = tree / 'ImageSets' / 'Segmentation'
     for folder in (tree / 'JPEGImages', tree / 'SegmentationClass', lists): folder.mkdir(parents=True)
     items = {'train': [('train', i) for i in range(n_train)], 'val': [('val', i) for i in range(n_valid)]}
@@ -130,6 +131,7 @@ def _write_tree(tree, n_train, n_valid, size, seed):
         (lists / f'{split}.txt').write_text(''.join(f'{s}_{i:06d}\n' for s, i in some))
     (tree / 'classes.txt').write_text('\n'.join(TOY_CLASSES) + '\n')
     for item in everything: _write_pair(tree, seed, size, item)
+    (tree / 'toyvoc.json').write_text(json.dumps(settings))
 
 # %% ../nbs/01_toyvoc.ipynb #8e80b4a1
 def _settings(n_train, n_valid, size, seed):
@@ -142,17 +144,34 @@ def _settings(n_train, n_valid, size, seed):
     return {name: int(value) for name, value in settings.items()}
 
 def _reuse(dest, settings):
+    "Whether the tree is there, whole, and made with these settings."
     record, other = dest / 'toyvoc.json', 'choose another dest'
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())): return False
     if not record.is_file(): raise ValueError(f'{dest} holds something other than a toy data set: {other}')
-    found = json.loads(record.read_text())
+    try: found = json.loads(record.read_text())
+    except ValueError: raise ValueError(f'{record} is damaged: remove {dest}, or {other}') from None
     if found != settings: raise ValueError(f'{dest} holds a toy data set made with {found}, not {settings}: {other}')
+    for lost in _lost(dest, settings): raise ValueError(f'{dest} has lost {lost}: remove it, or {other}')
     return True
 
-def _publish(partial_tree, dest, settings):
-    try: os.replace(partial_tree, dest)
-    except OSError:  # another process was quicker: its tree is the same, or _reuse says what is in the way
-        if not _reuse(dest, settings): raise
+def _lost(tree, settings):
+    "The images and masks that are not there, or empty."
+    ids = [f'{split}_{i:06d}' for split, n in zip(_SPLITS, ('n_train', 'n_valid')) for i in range(settings[n])]
+    for folder, suffix in (('JPEGImages', '.jpg'), ('SegmentationClass', '.png')):
+        found = os.scandir(tree / folder) if (tree / folder).is_dir() else ()
+        whole = {file.name for file in found if file.stat().st_size}
+        yield from (f'{folder}/{i}{suffix}' for i in ids if i + suffix not in whole)
+
+# %% ../nbs/01_toyvoc.ipynb #47303b0b
+def _from_cache(settings):
+    "Where the cache has the tree of these settings; one that is damaged is removed."
+    dest = cache_dir() / 'toyvoc-v{version}-{n_train}-{n_valid}-{size}px-seed{seed}'.format(**settings)
+    with locked_folder(dest.parent):  # or one that another process has made anew could go
+        try: _reuse(dest, settings)
+        except ValueError:
+            print(f'{dest} is damaged: it is made anew', flush=True)
+            shutil.rmtree(dest)
+    return dest
 
 # %% ../nbs/01_toyvoc.ipynb #d8e9cfc5
 def toy_voc(
@@ -165,15 +184,11 @@ def toy_voc(
 ) -> Path:  # a complete tree in the layout of VOC
     "Make the built-in data set once; later calls with the same parameters return it at once."
     settings = _settings(n_train, n_valid, size, seed)
-    if dest is None: dest = cache_dir() / 'toyvoc-v{version}-{n_train}-{n_valid}-{size}px-seed{seed}'.format(**settings)
+    if dest is None: dest = _from_cache(settings)
     dest = Path(dest).expanduser()
     if _reuse(dest, settings): return dest
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    partial_tree = Path(tempfile.mkdtemp(prefix=f'.{dest.name}-', dir=dest.parent))
     try:
-        _write_tree(partial_tree, n_train, n_valid, size, seed)
-        (partial_tree / 'toyvoc.json').write_text(json.dumps(settings))
-        partial_tree.chmod(0o755)
-        _publish(partial_tree, dest, settings)
-    finally: shutil.rmtree(partial_tree, ignore_errors=True)
+        with whole_folder(dest) as draft: _write_tree(draft, **settings)
+    except OSError:  # another process was quicker: its tree is the same, or _reuse says what is in the way
+        if not _reuse(dest, settings): raise
     return dest

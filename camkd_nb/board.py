@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .drawing import Page, class_legend, draw_panel, legend_rows, map_bar
 from .figures import layer_of_each
+from .files import whole_file
 from .layers import last_stages
 from .voc import VOID
 
@@ -120,8 +121,12 @@ def save_new(
         raise ValueError(f'{str(file)!r} has no ending: give a name such as attention.png or attention.pdf')
     fig.savefig(buffer := BytesIO(), format=file.suffix[1:], dpi=dpi, bbox_inches='tight')
     for n in range(1, 10_000):
-        try: new = open(target := file if n == 1 else file.with_stem(f'{file.stem}-{n}'), 'xb')
+        try: open(target := file if n == 1 else file.with_stem(f'{file.stem}-{n}'), 'xb').close()  # the name is ours
         except FileExistsError: continue
-        with new: new.write(buffer.getvalue())
+        try:
+            with whole_file(target) as draft: draft.write_bytes(buffer.getvalue())
+        except BaseException:
+            target.unlink()
+            raise
         return target
     raise FileExistsError(f'{file.name} and 9998 numbered files exist: give another name')

@@ -192,7 +192,7 @@ class Checkpoint(Callback):
     def after_epoch(self) -> None:
         "Keep all that the fit needs."
         if rank_distrib(): return
-        with whole_file(self.where) as draft: torch.save(_fit_state(self.learn, self.settings), draft)
+        with whole_file(self.where, sync=True) as draft: torch.save(_fit_state(self.learn, self.settings), draft)
 
     def after_fit(self) -> None:
         "The fit is over: nothing to go on with."

@@ -50,14 +50,19 @@ def _check_range(
                          'more classes')
 
 # %% ../nbs/03_metrics.ipynb #e6dbae17
-def _mean_loss(logits, mask, weight, reduction, check):
-    "Cross-entropy in float32, averaged over the labelled pixels of the batch, or of each image."
+def _checked_reduction(reduction):
+    if reduction in ('mean', 'sum', 'none'): return reduction
+    raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum' or 'none'")
+
+def _reduced_loss(logits, mask, weight, reduction, check):
+    "Cross-entropy in float32: its mean or sum over the labelled pixels of the batch, or the mean of each image."
     _check_shapes(logits, mask)
     if logits.ndim != 4: raise ValueError(
         f'logits of shape {tuple(logits.shape)}: give a batch (B, C, H, W); for one image, logits[None] and mask[None]')
     void = mask == VOID
     if check: _check_range(mask, void, logits.shape[1])
     loss = F.cross_entropy(logits.float(), mask, weight=weight, ignore_index=VOID, reduction='none').sum((1, 2))
+    if reduction == 'sum': return loss.sum()
     count = (~void if weight is None else weight[mask.masked_fill(void, 0)] * ~void).sum((1, 2))
     if reduction == 'mean': loss, count = loss.sum(), count.sum()
     return loss / torch.where(count > 0, count, 1)
@@ -69,20 +74,22 @@ class SegLoss(nn.Module):
         weight: Tensor | Sequence[float] | None = None,  # weight of each class, (C,); None: all alike
         *,
         aux_weight: float = 0.4,  # weight of the loss of the 'aux' logits, where the network returns them
+        reduction: str = 'mean',  # 'mean' or 'sum' over the labelled pixels, or 'none': the mean of each image
     ) -> None:
         super().__init__()
         self.register_buffer('weight', None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
-        self.aux_weight, self.reduction, self._checked = aux_weight, 'mean', False
+        self.aux_weight, self.reduction, self._checked = aux_weight, _checked_reduction(reduction), False
 
     def forward(self,
         pred: object,  # what the network returned: logits (B, C, H, W), or a dict with them as 'out' and perhaps 'aux'
         mask: Tensor,  # class indices, void 255, (B, H, W)
     ) -> Tensor:  # float32; a scalar, or (B,) where `reduction` is 'none'
-        "The mean loss of the labelled pixels."
+        "The loss of the labelled pixels."
+        reduction = _checked_reduction(self.reduction)
         mask, check = _labels(mask), mask.device.type == 'cpu' or not self._checked
-        loss = _mean_loss(logits_of(pred), mask, self.weight, self.reduction, check)
+        loss = _reduced_loss(logits_of(pred), mask, self.weight, reduction, check)
         if isinstance(pred, Mapping) and 'aux' in pred:
-            loss = loss + self.aux_weight * _mean_loss(logits_of(pred['aux']), mask, self.weight, self.reduction, check)
+            loss = loss + self.aux_weight * _reduced_loss(logits_of(pred['aux']), mask, self.weight, reduction, check)
         self._checked = True
         return loss
 

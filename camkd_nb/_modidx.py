@@ -230,6 +230,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'camkd_nb.download': { 'camkd_nb.download._add_masks': ('engine/download.html#_add_masks', 'camkd_nb/download.py'),
                                    'camkd_nb.download._ask': ('engine/download.html#_ask', 'camkd_nb/download.py'),
                                    'camkd_nb.download._both_or_neither': ('engine/download.html#_both_or_neither', 'camkd_nb/download.py'),
+                                   'camkd_nb.download._checksum': ('engine/download.html#_checksum', 'camkd_nb/download.py'),
                                    'camkd_nb.download._fetch': ('engine/download.html#_fetch', 'camkd_nb/download.py'),
                                    'camkd_nb.download._get': ('engine/download.html#_get', 'camkd_nb/download.py'),
                                    'camkd_nb.download._md5': ('engine/download.html#_md5', 'camkd_nb/download.py'),

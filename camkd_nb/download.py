@@ -6,7 +6,7 @@
 __all__ = ['voc_download', 'voc_add_sbd']
 
 # %% ../nbs/engine/download.ipynb #009b8554
-import hashlib, http.client, io, os, shutil, tarfile, tempfile, urllib.error, urllib.request
+import hashlib, http.client, io, os, re, shutil, tarfile, tempfile, urllib.error, urllib.request
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,12 @@ def _official(year):
 
 # %% ../nbs/engine/download.ipynb #fa08675d
 _BLOCK = 1 << 20  # bytes that are read at once
+
+def _checksum(md5):
+    "An MD5 as `_md5` writes it, from one with capitals or spaces."
+    plain = ''.join(md5.split()).lower()
+    if re.fullmatch('[0-9a-f]{32}', plain): return plain
+    raise ValueError(f'md5={md5!r}: give the 32 hexadecimal digits of the archive\'s checksum')
 
 def _md5(file):
     digest = hashlib.md5(usedforsecurity=False)
@@ -82,6 +88,7 @@ def _try(url, archive, md5, progress):
 # %% ../nbs/engine/download.ipynb #0717a224
 def _get(archive, urls, md5, progress):
     "See to it that `archive` is there, whole and verified, from the first address that gives it."
+    md5 = _checksum(md5)
     if archive.exists() and _md5(archive) != md5:
         raise ValueError(f'{archive}: its checksum is not {md5}. Remove it, or replace it by the official archive.')
     failures = []

@@ -146,6 +146,17 @@ def test_an_archive_without_the_tree(tmp_path, serve):
     assert not (tmp_path / base).exists()
 
 
+@pytest.mark.parametrize('written', [str.upper, lambda md5: f'  {md5}\n', lambda md5: f'{md5[:16]} {md5[16:]}'], ids=['capitals', 'ends', 'groups'])
+def test_a_checksum_as_people_write_it(tmp_path, serve, archive, written):
+    assert voc_download(tmp_path, urls=[serve(archive).url], md5=written(md5(archive)), progress=False).is_dir()
+
+
+def test_no_checksum_at_all(tmp_path, serve, archive):
+    server = serve(archive)
+    with pytest.raises(ValueError, match="md5='crc 12': give the 32"): voc_download(tmp_path, urls=[server.url], md5='crc 12', progress=False)
+    assert server.asked == [] and left(tmp_path) == []
+
+
 def test_no_room(tmp_path, serve, archive, monkeypatch):
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(1, 1, len(archive)))

@@ -6,8 +6,9 @@
 __all__ = ['voc_download', 'voc_add_sbd']
 
 # %% ../nbs/engine/download.ipynb #009b8554
-import hashlib, http.client, io, os, re, shutil, tarfile, tempfile, urllib.error, urllib.request
-from collections.abc import Sequence
+import errno, hashlib, http.client, io, os, re, shutil, tarfile, tempfile, urllib.error, urllib.request, zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -98,18 +99,67 @@ def _get(archive, urls, md5, progress):
         raise ConnectionError('\n  '.join([f'{archive.name} could not be downloaded:', *failures]) +
                               f'\nCall again to go on, or put the archive at {archive} yourself.')
 
+# %% ../nbs/engine/download.ipynb #96b19336
+_SHAPE = {errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}  # the fault of an archive's names
+
+def _unfit(archive, what):
+    return ValueError(f'{archive.name}: {what}. Nothing of it was kept; remove {archive}, and give the '
+                      '`urls` and `md5` of the right archive, or neither for the official one.')
+
+@contextmanager
+def _opened(archive) -> Iterator[tarfile.TarFile]:
+    "The archive, open; what is wrong with it is a `ValueError` that names it."
+    try:
+        with tarfile.open(archive) as tar:
+            yield tar
+            while tar.fileobj.read(_BLOCK): pass  # up to the checksum of what is compressed
+    except tarfile.FilterError as e:
+        raise _unfit(archive, f'not unpacked, since it would write outside of its folder ({e})') from e
+    except tarfile.ReadError as e: raise _unfit(archive, f'no tar archive, or a damaged one ({e})') from e
+    except (tarfile.TarError, zlib.error, EOFError, KeyError, UnicodeError) as e:
+        raise _unfit(archive, f'a damaged archive ({e})') from e
+    except OSError as e:
+        if e.errno in _SHAPE or e.errno is None: raise _unfit(archive, f'it cannot be unpacked ({e})') from e
+        raise
+
+# %% ../nbs/engine/download.ipynb #6bd9b5c1
+_DEEPEST = 32  # folders in one another; the tree has four
+
+def _check_members(archive, tar):
+    "Raise a `ValueError` where names are too deep for a file system, or for Python to remove them again."
+    for member in tar:
+        depth = member.name.count('/')
+        if depth > _DEEPEST: raise _unfit(archive, f'it has {depth} folders in one another, a VOC tree has four')
+
+def _check_links(archive, tar, folder, base):
+    "Raise a `ValueError` where a link of the unpacked tree leads nowhere, or out of the tree."
+    tree = (folder/base).resolve()
+    for member in tar:
+        link = folder/member.name
+        if not link.is_symlink(): continue
+        ours = link.parent.resolve().is_relative_to(tree)
+        if not link.exists() or link == folder/base or ours and not link.resolve().is_relative_to(tree):
+            raise _unfit(archive, f'its link {member.name} leads to {member.linkname}, which is not in the tree')
+
+def _check_tree(archive, tree, base):
+    if not tree.is_dir(): raise _unfit(archive, f'it holds no folder {base}')
+    try: voc_root(tree)
+    except ValueError as e:
+        raise _unfit(archive, f'its folder {base} lacks {str(e).partition(" lacks ")[2][:-1]}') from e
+
 # %% ../nbs/engine/download.ipynb #988522de
 def _unpack(archive, dest, base):
     "Unpack beside the destination, then move the tree to `dest/base` in one step."
     for left_over in dest.glob('.unpacking-*'): shutil.rmtree(left_over)  # of who was killed: we have the lock
     with tempfile.TemporaryDirectory(dir=dest, prefix='.unpacking-') as folder:
-        try:
-            with tarfile.open(archive) as tar: tar.extractall(folder, filter='data')
-        except tarfile.FilterError as e:
-            raise ValueError(f'{archive.name}: not unpacked, since it would write outside of its folder ({e})') from e
-        if not (Path(folder)/base).is_dir(): raise ValueError(f'{archive.name} holds no folder {base}')
+        folder = Path(folder)
+        with _opened(archive) as tar:
+            _check_members(archive, tar)
+            tar.extractall(folder, filter='data')
+            _check_tree(archive, folder/base, base)
+            _check_links(archive, tar, folder, base)
         (dest/base).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(Path(folder)/base, dest/base)
+        os.replace(folder/base, dest/base)
 
 # %% ../nbs/engine/download.ipynb #ec94a829
 def _both_or_neither(urls, md5):
@@ -145,19 +195,27 @@ def _sbd_masks(tar):
         yield file.stem, member
 
 # %% ../nbs/engine/download.ipynb #fcbc61c4
-def _add_masks(root, archive):
-    "Write the masks in SBD's archive that the tree lacks; the ids of all of them."
+def _convert(archive, name, content, file):
+    "Write what a MATLAB file of the archive holds as a mask."
     from scipy.io import loadmat
+    try: write_mask(loadmat(io.BytesIO(content))['GTcls']['Segmentation'][0, 0], file)
+    except OSError: raise
+    except Exception as e: raise _unfit(archive, f'{name} is no mask of SBD ({type(e).__name__}: {e})') from e
+
+def _add_masks(root, archive):
+    "Add the masks in SBD's archive that the tree lacks, all or none; the ids of all of them."
     images, ids = {file.removesuffix('.jpg') for file in os.listdir(root/'JPEGImages')}, []
-    with tarfile.open(archive) as tar:
-        for id, member in _sbd_masks(tar):
-            ids.append(id)
-            if id not in images:
-                raise ValueError(f'{root}: JPEGImages lacks {id}.jpg. SBD belongs to the whole VOC 2012 tree.')
-            mask = root/f'SegmentationClass/{id}.png'
-            if mask.exists(): continue
-            content = loadmat(io.BytesIO(tar.extractfile(member).read()))
-            write_mask(content['GTcls']['Segmentation'][0, 0], mask)
+    for left_over in root.glob('.unpacking-*'): shutil.rmtree(left_over)  # of who was killed: we have the lock
+    with tempfile.TemporaryDirectory(dir=root, prefix='.unpacking-') as folder:
+        with _opened(archive) as tar:
+            for id, member in _sbd_masks(tar):
+                ids.append(id)
+                if id not in images:
+                    raise ValueError(f'{root}: JPEGImages lacks {id}.jpg. SBD belongs to the whole VOC 2012 tree.')
+                if (root/f'SegmentationClass/{id}.png').exists(): continue
+                _convert(archive, member.name, tar.extractfile(member).read(), Path(folder)/f'{id}.png')
+        if not ids: raise _unfit(archive, 'it holds no masks, that is, no .mat files in a folder `cls`')
+        for mask in Path(folder).glob('*.png'): os.replace(mask, root/'SegmentationClass'/mask.name)
     return ids
 
 # %% ../nbs/engine/download.ipynb #25caab21

@@ -1,4 +1,5 @@
 """`voc_download` and `voc_add_sbd` against a local server that misbehaves in every way that was thought of."""
+import gzip
 import hashlib
 import http.server
 import io
@@ -157,6 +158,58 @@ def test_no_checksum_at_all(tmp_path, serve, archive):
     assert server.asked == [] and left(tmp_path) == []
 
 
+def packed(*members, archive=b'', mode='w'):
+    buffer = io.BytesIO(archive)
+    with tarfile.open(fileobj=buffer, mode='a' if archive else mode) as tar:
+        for one in members: tar.addfile(one, io.BytesIO(bytes(one.size)))
+    return buffer.getvalue()
+
+
+deep = [member('/'.join([base, *['d'] * n]), type=tarfile.DIRTYPE, mode=0o755) for n in range(1, 1001)]
+unfit = {
+    'a thousand folders, one by one': (deep, 'folders in one another'),
+    'a thousand folders in one name': ([member(base + '/dir' * 1000)], 'folders in one another'),
+    'a long name': ([member(f'{base}/' + 'n' * 300)], 'cannot be unpacked'),
+    'a link to nothing': ([member(f'{base}/link', type=tarfile.SYMTYPE, linkname='nobody')], 'link leads to nobody'),
+    'a link to itself': ([member(f'{base}/link', type=tarfile.SYMTYPE, linkname='link')], 'link leads to link'),
+    'a hard link to nothing': ([member(f'{base}/link', type=tarfile.LNKTYPE, linkname=f'{base}/nobody')], 'nobody'),
+    'a link to what is not kept': ([member('other'), member(f'{base}/link', type=tarfile.SYMTYPE, linkname='../../other')], 'which is not in the tree'),
+    'a file for a folder': ([member(f'{base}/JPEGImages')], 'cannot be unpacked'),
+}
+
+
+@pytest.mark.parametrize('name', unfit)
+def test_an_archive_that_makes_no_tree(tmp_path, serve, archive, name):
+    "The error names the archive and says what to do, also in a second call, and nothing is half unpacked"
+    members, what = unfit[name]
+    data = packed(*members, archive=archive)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=what) as said: fetch(tmp_path, serve(data), data)
+        assert str(said.value).startswith('VOC2012.tar: ') and f'remove {tmp_path}/VOC2012.tar' in str(said.value)
+        assert left(tmp_path) == ['VOC2012.tar']
+
+
+def test_no_archive_or_no_tree(tmp_path, serve, archive):
+    "With the right checksum all the same"
+    squeezed = gzip.compress(archive)
+    wrong = bytearray(squeezed); wrong[len(wrong) // 2] ^= 255
+    link = packed(member('tree/a'), member('VOCdevkit', type=tarfile.DIRTYPE, mode=0o755), member(base, type=tarfile.SYMTYPE, linkname='../tree'))
+    cases = {b'hello': 'no tar', b'': 'no tar', b'<html>' * 999: 'no tar', squeezed[:-len(squeezed) // 3]: 'archive', bytes(wrong): 'archive',
+             packed(member(f'{base}/JPEGImages/a.jpg')): 'lacks SegmentationClass, ImageSets', packed(member(base)): 'no folder', link: 'lacks JPEGImages'}
+    for n, (data, what) in enumerate(cases.items()):
+        with pytest.raises(ValueError, match=what) as said: fetch(tmp_path / str(n), serve(data), data)
+        assert 'remove' in str(said.value) and left(tmp_path / str(n)) == ['VOC2012.tar']
+
+
+def test_links_inside_the_tree_are_fine(tmp_path, serve, archive):
+    "Links to files, to folders and through them, soft and hard"
+    links = [member(f'{base}/again', type=tarfile.SYMTYPE, linkname='JPEGImages'), member(f'{base}/list', type=tarfile.SYMTYPE, linkname='again/../ImageSets'),
+             member(f'{base}/hard', type=tarfile.LNKTYPE, linkname=f'{base}/ImageSets/Segmentation/train.txt')]
+    data = packed(*links, archive=archive)
+    tree = fetch(tmp_path, serve(data), data)
+    assert len(list((tree / 'again').iterdir())) == 12 and (tree / 'list/Segmentation/train.txt').read_text() == (tree / 'hard').read_text()
+
+
 def test_no_room(tmp_path, serve, archive, monkeypatch):
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(1, 1, len(archive)))
@@ -216,6 +269,25 @@ def test_sbd_wants_the_whole_tree(sbd, serve):
     root, data = sbd
     (root / 'JPEGImages/b.jpg').unlink()
     with pytest.raises(ValueError, match='lacks b.jpg'): voc_add_sbd(root, urls=[serve(data).url], md5=md5(data), progress=False)
+
+
+def test_an_archive_that_is_not_sbd(sbd, serve):
+    "No tar, no masks, a cut one, a file that is no mask: the tree stays as it was"
+    root, data = sbd
+    before = sorted(root.rglob('*'))
+    broken = packed(member('dataset/cls/b.mat'), mode='w:gz')
+    for wrong, what in ((b'hello', 'no tar'), (packed(member('readme')), 'holds no masks'), (data[:-40], 'archive'), (broken, 'b.mat is no mask')):
+        with pytest.raises(ValueError, match=what) as said: voc_add_sbd(root, urls=[serve(wrong).url], md5=md5(wrong), progress=False)
+        assert str(said.value).startswith('SBD.tgz: ') and f'remove {root}/SBD.tgz' in str(said.value)
+        (root / 'SBD.tgz').unlink()
+        assert sorted(root.rglob('*')) == before
+    with pytest.raises(ValueError, match='no mask'):  # the one before is not kept either
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode='w') as tar:
+            tar.add(root.parent / 'b.mat', 'cls/b.mat'), tar.addfile(member('cls/a.mat'))
+        (root / 'SegmentationClass/a.png').unlink()
+        voc_add_sbd(root, urls=[serve(buffer.getvalue()).url], md5=md5(buffer.getvalue()), progress=False)
+    assert [file.name for file in (root / 'SegmentationClass').iterdir()] == ['c.png']
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path, serve, archive):

@@ -184,6 +184,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'camkd_nb.distill._announce': ('distill.html#_announce', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._begin_epoch': ('distill.html#_begin_epoch', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._begin_fit': ('distill.html#_begin_fit', 'camkd_nb/distill.py'),
+                                  'camkd_nb.distill._cause': ('distill.html#_cause', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._check_finite': ('distill.html#_check_finite', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._end_epoch': ('distill.html#_end_epoch', 'camkd_nb/distill.py'),
                                   'camkd_nb.distill._guard_batches': ('distill.html#_guard_batches', 'camkd_nb/distill.py'),

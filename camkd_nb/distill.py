@@ -183,14 +183,24 @@ def _warn_of_teacher(distill):
     distill.warned = wrong is not None
 
 # %% ../nbs/07_distill.ipynb #b90e6cb5
+def _cause(distill):
+    "Why a term is not finite, for all that can be known; the GPU is waited for, so ask only when one was found."
+    theirs = distill.distiller.teacher_logits
+    if theirs is not None and not theirs.isfinite().all():
+        weights = distill.distiller.teacher.state_dict().items()
+        broken = next((name for name, t in weights if t.is_floating_point() and not t.isfinite().all()), None)
+        of = 'all its weights are finite' if broken is None else f'nor is its {broken!r}'
+        return (f"the teacher's logits are not finite ({of}): check its weights file, the images and the normalisation "
+                'that it gets, and whether it can run in this precision')
+    own = logits_of(distill.pred).isfinite().all() and distill.loss_grad.isfinite()
+    return 'lower its weight or the learning rate' if own else (
+        "the student's own logits are not finite: lower the learning rate")
+
 def _check_finite(distill, values):
     "Stop before the weights move; where a loss scale is at work, it skips such a step by itself, and it is only said."
     if not values or torch.stack([value for value, _ in values.values()]).isfinite().all(): return
     name, value = next((name, value.item()) for name, (value, _) in values.items() if not value.isfinite())
-    own = logits_of(distill.pred).isfinite().all() and distill.loss_grad.isfinite()
-    theirs = "the student's own logits are not finite: lower the learning rate"
-    cause = 'lower its weight or the learning rate' if own else theirs
-    message = f'{name} is {value} in epoch {distill.epoch}, batch {distill.iter}: {cause}'
+    message = f'{name} is {value} in epoch {distill.epoch}, batch {distill.iter}: {_cause(distill)}'
     scaler = getattr(distill.learn, 'scaler', None)
     if scaler is None or not scaler.is_enabled(): raise FloatingPointError(message)
     warnings.warn(f'{message}; the loss scale skips this step', stacklevel=3)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/engine/files.ipynb #49a28544
-import hashlib, os, platform, re, shutil, time
+import errno, hashlib, os, platform, re, shutil, time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,6 +52,27 @@ def _sweep(folder):
     remove_left_overs(folder)
     _swept[folder] = time.monotonic()
 
+# %% ../nbs/engine/files.ipynb #586cd7ea
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PYTORCH = re.compile('PytorchStreamWriter|iostream error|unexpected pos')  # what its writer says of a failure
+
+def _write_error(error):
+    "The number of an error that a full disk raises, else None."
+    if not isinstance(error, OSError): return errno.EIO if _PYTORCH.search(str(error)) else None
+    return error.errno if error.errno in _FULL else None
+
+@contextmanager
+def names_full_disk(
+    path: str | Path,  # what is being written
+) -> Iterator[None]:
+    "An error of a full disk inside the block names the path and what to do."
+    try: yield
+    except (OSError, RuntimeError) as error:
+        number = _write_error(error)
+        if number is None: raise
+        advice = 'is the disk full? Make room, or choose another place'
+        raise OSError(number, f'{os.strerror(number)}: {advice}', str(path)) from None
+
 # %% ../nbs/engine/files.ipynb #67750ff0
 @contextmanager
 def whole_file(
@@ -64,9 +85,10 @@ def whole_file(
     _sweep(file.parent)
     draft = file.with_name(f'.{file.name[:40]}.{draft_mark()}.part')  # short: a name may have 255 bytes
     try:
-        yield draft
-        if sync: _onto_disk(draft)
-        os.replace(draft, file)
+        with names_full_disk(file):
+            yield draft
+            if sync: _onto_disk(draft)
+            os.replace(draft, file)
     finally: draft.unlink(missing_ok=True)
 
 def _onto_disk(file):
@@ -84,8 +106,9 @@ def whole_folder(
     draft = folder.with_name(f'.{folder.name[:40]}.{draft_mark()}')
     draft.mkdir()
     try:
-        yield draft
-        os.replace(draft, folder)
+        with names_full_disk(folder):
+            yield draft
+            os.replace(draft, folder)
     finally: shutil.rmtree(draft, ignore_errors=True)
 
 # %% ../nbs/engine/files.ipynb #04f42dd6

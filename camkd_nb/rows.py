@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .files import locked
+from .files import locked, names_full_disk
 
 # %% ../nbs/engine/rows.ipynb #0676b478
 COLUMNS = ['setting', 'method', 'seed', 'miou', 'seconds', 'device', 'class_iou', 'terms', 'options', 'versions']
@@ -98,7 +98,7 @@ def append_row(
     "Add one row on a line of its own; several processes may add to one file."
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, 'a+b', buffering=0) as opened, locked(opened):
+    with open(file, 'a+b', buffering=0) as opened, locked(opened), names_full_disk(file):
         opened.seek(0)
         keep, first, columns = _mended(opened.read(), file)
         new = first + _line([row[name] if name in COLUMNS else '' for name in columns])

@@ -47,7 +47,7 @@ def draw_board(
     fig, axes, bar = _board(len(columns), height / width, masks)
     for j, (heading, *panels) in enumerate(columns):
         axes[0][j].annotate(heading, (.5, 1), xycoords='axes fraction', xytext=(0, 16), textcoords='offset points',
-                            ha='center', fontsize=10, weight='bold')
+                            ha='center', fontsize=10, weight='bold', parse_math=False)
         for ax, panel in zip((axes[0][j], axes[1][j]), panels):
             if panel: draw_panel(ax, *panel)
             else: ax.axis('off')

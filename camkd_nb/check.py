@@ -36,8 +36,9 @@ def _bars(found, figsize):
     "Bars of all classes but the background."
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=figsize, layout='constrained', dpi=70)
     labelled = 100 * found.pixels / max(1, found.pixels.sum())
+    names = [name.replace('$', r'\$') for name in found.vocab[1:]]  # else matplotlib reads $...$ as mathematics
     for ax, values, label in zip(axes, (found.images, labelled), ('images', '% of the labelled pixels')):
-        ax.barh(found.vocab[1:], values[1:], color=voc_palette()[1:len(found.vocab)] / 255)
+        ax.barh(names, values[1:], color=voc_palette()[1:len(found.vocab)] / 255)
         ax.set_xlabel(label)
     ax.invert_yaxis()
     plt.close(figure)  # who shows it decides when: Jupyter would draw an open one once more

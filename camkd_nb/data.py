@@ -175,9 +175,9 @@ VOCMask._tensor_cls = TensorVOCMask
 # %% ../nbs/02_data.ipynb #702f7dfe
 def _legend(ax, present, names):
     "Name the classes above the picture, each beside its colour."
-    patches = [Patch(color=color_mask([i])[0]/255, label=str(i) if names is None else names[i]) for i in present]
-    ax.legend(handles=patches, loc='lower center', bbox_to_anchor=(.5, 1), ncols=3, fontsize=7, frameon=False,
-              handlelength=1, columnspacing=1)
+    legend = ax.legend([Patch(color=color_mask([i])[0]/255) for i in present], map(str, present), loc='lower center',
+                       bbox_to_anchor=(.5, 1), ncols=3, fontsize=7, frameon=False, handlelength=1, columnspacing=1)
+    for text, i in zip(legend.get_texts(), present): names is None or text.set(text=names[i], parse_math=False)
     ax.axis('off')
 
 # %% ../nbs/02_data.ipynb #fe639728

@@ -6,18 +6,24 @@
 __all__ = ['overlay_map', 'overlay_mask']
 
 # %% ../nbs/engine/drawing.ipynb #4b6af72b
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from torch import Tensor
 
 from .explain import explain_classes
@@ -80,7 +86,7 @@ def draw_panel(
 ) -> None:
     "One picture of a grid."
     ax.imshow(shown)
-    ax.set_title(title, fontsize=8, pad=3)
+    ax.set_title(title, fontsize=8, pad=3, parse_math=False)
     ax.set_xticks([]), ax.set_yticks([])
     ax.spines[:].set_visible(False)
     if region is None or not region.any() or region.all(): return
@@ -89,7 +95,8 @@ def draw_panel(
 
 def _heading(ax, name, layer=''):
     "A network's name and layer, above the title of its first panel."
-    place = dict(xy=(.5, 1), xycoords='axes fraction', textcoords='offset points', ha='center', va='bottom')
+    place = dict(xy=(.5, 1), xycoords='axes fraction', textcoords='offset points', ha='center', va='bottom',
+                 parse_math=False)
     ax.annotate(short_path(layer, most=26), xytext=(0, 14), fontsize=7, **place)
     ax.annotate(name, xytext=(0, 24 if layer else 14), fontsize=10, weight='bold', **place)
 
@@ -124,13 +131,61 @@ def class_legend(
     present = _named(masks)
     if not present: return
     colours = overlay_mask(np.full((1, len(present), 3), .5), np.array([present], dtype=int))[0]
-    patches = [Patch(color=colour, label='void' if c == VOID else vocab[c]) for c, colour in zip(present, colours)]
-    fig.legend(handles=patches, loc='outside lower center', ncols=_columns(fig.get_figwidth()), fontsize=8,
-               frameon=False, handlelength=1, columnspacing=1.2)
+    legend = fig.legend([Patch(color=colour) for colour in colours], map(str, present), loc='outside lower center',
+                        ncols=_columns(fig.get_figwidth()), fontsize=8, frameon=False, handlelength=1,
+                        columnspacing=1.2)
+    for text, c in zip(legend.get_texts(), present):  # as it is: matplotlib leaves out labels that begin with _
+        text.set(text='void' if c == VOID else vocab[c], parse_math=False)
+
+# %% ../nbs/engine/drawing.ipynb #a1a2e28c
+def _lacks(file, characters):
+    has = get_font(file).get_char_index
+    return {c for c in characters if c.isprintable() and not has(ord(c))}
+
+@cache
+def _font_with(characters):
+    "The name of an installed font that has all of the characters, or None."
+    for font in fontManager.ttflist:
+        if font.name.startswith('Last Resort'): continue  # boxes for everything
+        try:
+            if not _lacks(font.fname, characters): return font.name
+        except (OSError, RuntimeError): continue  # removed since, or damaged
+
+def _lend_font(fig):
+    "Give texts whose font lacks characters one that has them; the characters for which there is none."
+    texts = [(text, _lacks(findfont(text.get_fontproperties()), text.get_text())) for text in fig.findobj(Text)]
+    missing = frozenset().union(*(lacking for _, lacking in texts))
+    other = _font_with(missing) if missing else None
+    for text, lacking in texts:
+        family = text.get_fontfamily()
+        if other and lacking and other not in family: text.set_fontfamily([*family, other])
+    return '' if other else ''.join(sorted(missing))
+
+@contextmanager
+def _legible(fig) -> Iterator[None]:
+    "Inside the block, names in any script are drawn, with at most one warning."
+    missing = _lend_font(fig)
+    if missing and fig._said != missing:
+        warnings.warn(f'no installed font has {missing!r}: these characters are drawn as boxes; install one that has '
+                      'them, such as Noto Sans CJK, and start Python again', stacklevel=4)
+    fig._said = missing
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')
+        yield
 
 # %% ../nbs/engine/drawing.ipynb #54f911c9
 class Page(Figure):
     "A figure that notebooks show without pyplot."
+    _said = ''  # the characters of which it was said that no font has them
+
+    def savefig(self, *args: object, **kwargs: object) -> None:  # of `Figure.savefig`
+        "Save the figure."
+        with _legible(self): super().savefig(*args, **kwargs)
+
+    def draw(self, renderer: RendererBase) -> None:
+        "Draw the figure."
+        with _legible(self): super().draw(renderer)
+
     def _repr_png_(self) -> bytes:
         self.savefig(buffer := BytesIO(), format='png', bbox_inches='tight')
         return buffer.getvalue()
@@ -155,7 +210,7 @@ def draw_grid(
     for j, (heading, panels) in enumerate(columns):
         _heading(axes[0, j], *heading)
         for ax, panel, region in zip(axes[:, j], panels, regions): draw_panel(ax, *panel, region if j else None)
-    for ax, name in zip(axes[:, 0], rows): ax.set_ylabel(name, fontsize=9)
+    for ax, name in zip(axes[:, 0], rows): ax.set_ylabel(name, fontsize=9, parse_math=False)
     return fig, axes
 
 # %% ../nbs/engine/drawing.ipynb #78a69fb2

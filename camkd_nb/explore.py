@@ -148,7 +148,7 @@ def _draw(explorer):
         below = shown, 'truth', truth == c if region == 'label' else None
     fig = draw_board([(f'image {i}', (picture, '', None), below), *columns], masks, explorer.vocab)
     if region == 'pixel': _draw_cross(fig, explorer.column.value, explorer.row.value)
-    if explorer.note: fig.text(.995, .99, explorer.note, ha='right', va='top', fontsize=8)
+    if explorer.note: fig.text(.995, .99, explorer.note, ha='right', va='top', fontsize=8, parse_math=False)
     return fig
 
 def _draw_cross(fig, column, row):

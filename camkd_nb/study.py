@@ -101,8 +101,9 @@ def plot_gains(
     sides = [table.gain - table.low, table.high - table.gain]
     ax.errorbar(table.gain, rows + .22, xerr=sides, fmt='|', color='black', capsize=3, ms=9)
     ax.axvline(0, color='gray', lw=.8)
-    ax.set(yticks=rows, yticklabels=table.index, xlabel=f'gain over {baseline!r}, points of mIoU',
-           ylim=(len(table) - .5, -.5))
+    ax.set_yticks(rows, table.index, parse_math=False)
+    ax.set_xlabel(f'gain over {baseline!r}, points of mIoU', parse_math=False)
+    ax.set_ylim(len(table) - .5, -.5)
     return ax
 
 # %% ../nbs/engine/study.ipynb #4402b3be

@@ -121,7 +121,8 @@ def save_picture(
     parts = [_as_image(show_attention(models, x, mask, shown, vocab=vocab)) for shown in (None, layers)]
     sheet = PILImage.new('RGB', (max(part.width for part in parts), sum(part.height for part in parts)), 'white')
     for part, top in zip(parts, (0, parts[0].height)): sheet.paste(part, (0, top))
-    with whole_file(file) as draft: sheet.save(draft, picture_format(file))
+    sheet.save(buffer := io.BytesIO(), picture_format(file))  # to a full disk Pillow would write a part
+    with whole_file(file) as draft: draft.write_bytes(buffer.getvalue())
     return file
 
 def _as_image(figure):

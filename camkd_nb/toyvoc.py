@@ -7,6 +7,7 @@ __all__ = ['TOY_CLASSES', 'toy_voc']
 
 # %% ../nbs/01_toyvoc.ipynb #10a0cb4b
 import json, os, shutil
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,8 @@ def _write_pair(tree, seed, size, item):
     split, number = item
     rng = np.random.default_rng([seed, _SPLITS.index(split), number])
     image, mask = toy_pair(rng, size)
-    Image.fromarray(image).save(tree / 'JPEGImages' / f'{split}_{number:06d}.jpg', quality=95)
+    Image.fromarray(image).save(buffer := BytesIO(), 'JPEG', quality=95)  # to a full disk Pillow would write a part
+    (tree / 'JPEGImages' / f'{split}_{number:06d}.jpg').write_bytes(buffer.getvalue())
     write_mask(mask, tree / 'SegmentationClass' / f'{split}_{number:06d}.png')
 
 def _write_tree(tree, **settings):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/engine/weights.ipynb #01f20d02
-import hashlib, zipfile
+import errno, hashlib, zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ def read_tensors(
     try:
         if not mmap: _verify(file)
         return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
-    except (OSError, MemoryError): raise
-    except Exception as e:  # a damaged pickle may raise anything
+    except MemoryError: raise
+    except Exception as e:  # a damaged pickle may raise anything, and a cut file a search before its beginning
+        if isinstance(e, OSError) and e.errno != errno.EINVAL: raise
         raise ValueError(f'{file} is damaged, or holds other things than tensors ({type(e).__name__})') from None
 
 def read_state(

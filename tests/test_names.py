@@ -19,6 +19,7 @@ from camkd_nb.check import voc_check
 from camkd_nb.data import TensorVOCMask
 from camkd_nb.drawing import Page
 from camkd_nb.figures import show_attention
+from camkd_nb.files import whole_file, whole_folder
 from camkd_nb.layers import last_stages
 from camkd_nb.models import toy_student
 from camkd_nb.study import plot_gains
@@ -94,3 +95,18 @@ def test_masks_and_tables(tmp_path):
     fig = voc_check(tree, progress=False).show()
     assert math(fig) == [] and drawn(fig)[1] == []
     plt.close('all')
+
+
+@pytest.mark.parametrize('name', ['n' * 251 + '.txt', 'ü' * 127 + 'n', '\U0001f408' * 63 + 'nnn', '.' + 'h' * 254], ids=['ascii', 'two bytes', 'four bytes', 'hidden'])
+def test_names_of_255_bytes(tmp_path, name):
+    "Files and folders take them, are replaced under them, and nothing else is left"
+    assert len(name.encode()) == 255
+    for content in 'ab':
+        with whole_file(tmp_path/name, sync=True) as draft: draft.write_text(content)
+        assert (tmp_path/name).read_text() == content and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path/name) as draft:
+        draft.write_text('half')
+        raise KeyboardInterrupt
+    assert (tmp_path/name).read_text() == 'b' and len(list(tmp_path.iterdir())) == 1
+    with whole_folder(tmp_path/'deep'/name) as draft: (draft/'file').write_text('c')
+    assert [path.name for path in (tmp_path/'deep').iterdir()] == [name] and (tmp_path/'deep'/name/'file').read_text() == 'c'

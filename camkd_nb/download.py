@@ -151,8 +151,8 @@ def _check_tree(archive, tree, base):
 def _unpack(archive, dest, base):
     "Unpack beside the destination, then move the tree to `dest/base` in one step."
     for left_over in dest.glob('.unpacking-*'): shutil.rmtree(left_over)  # of who was killed: we have the lock
-    with tempfile.TemporaryDirectory(dir=dest, prefix='.unpacking-') as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory(dir=dest, prefix='.unpacking-') as made:
+        folder = Path(made)
         with _opened(archive) as tar:
             _check_members(archive, tar)
             tar.extractall(folder, filter='data')

@@ -138,8 +138,10 @@ _NOBODY = dict.fromkeys(('teacher_loss', 'teacher_iou', 'student_iou'), float('n
 def verdict(scores: dict[str, float]) -> str | None:  # None where the teacher is better than the student
     "What is wrong with the teacher, in figures, as `TeacherCheck.values` gives them."
     if not scores['teacher_iou'] <= scores['student_iou']: return None
+    loss = f"{scores['teacher_loss']:.3f}"
+    if loss in ('nan', 'inf'): loss += ': not all of its logits are finite'
     return (f"on the training batches of this epoch the teacher's mean IoU was {scores['teacher_iou']:.3f} "
-            f"(task loss {scores['teacher_loss']:.3f}) and the student's {scores['student_iou']:.3f}: "
+            f"(task loss {loss}) and the student's {scores['student_iou']:.3f}: "
             'either it has little to teach there (check its normalisation, its order of classes, and whether it can '
             'read crops of this size and scale), or the student knows few images by heart by now, '
             'and only validation tells')

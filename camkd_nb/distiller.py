@@ -32,8 +32,8 @@ def named_terms(
     if not listed: raise ValueError('no terms given: give at least one, such as ClassAttention()')
     named: dict[str, Term] = {}
     for term in listed:
-        same = sum(other.name == term.name for other in named.values())
-        named[term.name + (f'_{same + 1}' if same else '')] = term
+        names = [term.name, *(f'{term.name}_{n}' for n in range(2, len(listed) + 2))]
+        named[next(name for name in names if name not in named)] = term
     return named
 
 # %% ../nbs/engine/distiller.ipynb #76ef8f6f
@@ -161,6 +161,7 @@ class TappedPair(nn.Module):
         teacher.eval().requires_grad_(False)
 
     def __enter__(self) -> Self:
+        if self._taps is not None: raise ValueError('this block is open already: give each forward pass one of its own')
         self._taps = Taps(self.student, self.paths).__enter__() if self.paths else None
         return self
 

@@ -6,8 +6,8 @@
 __all__ = ['denormalize', 'logits_of']
 
 # %% ../nbs/engine/tensors.ipynb #c20e01ff
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import difflib, warnings, weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -74,15 +74,60 @@ def cell_share(
     return F.adaptive_avg_pool2d(inside.to(dtype), tuple(size))
 
 # %% ../nbs/engine/tensors.ipynb #5b56b02d
+Read = Callable[[object], Tensor] | None  # from a network's output to logits (B, C, H, W); None: as usual
+
+def _found(output):
+    "What stands where logits usually do; None where nothing does."
+    if isinstance(output, Tensor): return output
+    if isinstance(output, Mapping): return next((output[key] for key in ('out', 'logits') if key in output), None)
+    return next((value for name in ('logits', 'out') if (value := getattr(output, name, None)) is not None), None)
+
+def _no_logits(output, read):
+    got = f'a {type(output).__name__}'
+    if isinstance(output, Mapping): got = f'a dict with the keys {list(output)}'
+    elif isinstance(output, (tuple, list)): got += f' of {len(output)}: ' + ', '.join(map(_described, output))
+    if read is not None: return TypeError(f'your function made {got} of the output: let it return logits (B, C, H, W)')
+    return TypeError(f"the network returned {got}: make it return logits (B, C, H, W), or a dict with them as 'out', "
+                     'or give a function that finds them, such as `lambda output: output[0]`')
+
+def _described(value): return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+# %% ../nbs/engine/tensors.ipynb #db60dab6
+def _check_logits(logits):
+    shape = tuple(logits.shape)
+    if logits.ndim != 4:
+        raise ValueError(f'logits of shape {shape}: give a batch (B, C, H, W); for one image, logits[None] and mask[None]')
+    if not logits.is_floating_point():
+        raise TypeError(f'the network returned {logits.dtype}, {shape}: it is to return logits, before any argmax')
+    if shape[1] == 1:
+        raise ValueError(f'logits of shape {shape} have one channel, for two classes give two: '
+                         'torch.cat([torch.zeros_like(z), z], 1) of a channel z before its sigmoid')
+
+# %% ../nbs/engine/tensors.ipynb #2b306ec6
 def logits_of(
-    output: object,  # tensor (B, C, H, W); a dict with it as 'out' or 'logits'; or an object with it as `.logits`
-) -> Tensor:  # logits as a plain tensor, (B, C, H, W)
-    "The logits in a network's output; a `TypeError` says what it was instead."
-    if isinstance(output, Mapping): logits = next((output[key] for key in ('out', 'logits') if key in output), None)
-    else: logits = output if isinstance(output, Tensor) else getattr(output, 'logits', None)
-    if isinstance(logits, Tensor): return logits if type(logits) is Tensor else logits.as_subclass(Tensor)
-    got = f'a dict with the keys {list(output)}' if isinstance(output, Mapping) else f'a {type(output).__name__}'
-    raise TypeError(f"the network returned {got}: make it return logits (B, C, H, W), or a dict with them as 'out'")
+    output: object,  # tensor (B, C, H, W); a dict with it as 'out' or 'logits'; or an object with it as such
+    read: Read = None,  # finds the logits in any other output, such as `lambda output: output[0]`
+) -> Tensor:  # logits as a plain tensor, (B, C, H, W), C is 2 or more
+    "The logits in a network's output; a `TypeError` or a `ValueError` says what it was instead."
+    logits = _found(output) if read is None else read(output)
+    if not isinstance(logits, Tensor): raise _no_logits(output if read is None else logits, read)
+    _check_logits(logits)
+    return logits if type(logits) is Tensor else logits.as_subclass(Tensor)
+
+# %% ../nbs/engine/tensors.ipynb #88e5d8c2
+_looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+def notice_probabilities(
+    model: nn.Module,
+    logits: Tensor,  # its answer, (B, C, H, W)
+) -> None:
+    "Warn, once a network, of probabilities in place of logits; only its first answer is waited for."
+    if model in _looked_at or not logits.numel(): return
+    _looked_at.add(model)
+    z = logits.detach().float()
+    if (z >= 0).all() and ((z.sum(1) - 1).abs() < .01).all():
+        warnings.warn(f'{type(model).__name__} returns probabilities, not logits: give a network without its softmax, '
+                      'or a function such as `lambda output: output.log()`', stacklevel=2)
 
 # %% ../nbs/engine/tensors.ipynb #cd2e1778
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .explain import explain_classes
 from .tensors import logits_of
 from .voc import VOID
+from .watch import LabelWatch, check_class_count, check_outsider, outsider
 
 # %% ../nbs/03_metrics.ipynb #6a98fd59
 def _labels(mask):
@@ -36,19 +37,6 @@ def _check_shapes(logits, mask):
                          "with F.interpolate(logits, mask.shape[-2:], mode='bilinear', align_corners=False)")
     raise ValueError(f'logits of shape {got} and a mask of shape {size}: give (B, C, H, W) and (B, H, W)')
 
-# %% ../nbs/03_metrics.ipynb #fad80aa6
-def _check_range(
-    labels: Tensor,  # class indices, int64, (B, H, W)
-    void: Tensor,  # where not to look, bool, (B, H, W)
-    n_classes: int,
-) -> None:
-    "Raise a `ValueError` unless all labels that are not void are classes."
-    low, high = (int(o) for o in torch.aminmax(labels.masked_fill(void, 0)))
-    if low < 0 or high >= n_classes:
-        raise ValueError(f'found the label {low if low < 0 else high} with {n_classes} classes: labels are 0 to '
-                         f'{n_classes-1}, or {VOID} for void; read masks with `read_mask`, or build the network with '
-                         'more classes')
-
 # %% ../nbs/03_metrics.ipynb #e6dbae17
 def _checked_reduction(reduction):
     if reduction in ('mean', 'sum', 'none'): return reduction
@@ -59,8 +47,9 @@ def _reduced_loss(logits, mask, weight, reduction, check):
     _check_shapes(logits, mask)
     if logits.ndim != 4: raise ValueError(
         f'logits of shape {tuple(logits.shape)}: give a batch (B, C, H, W); for one image, logits[None] and mask[None]')
+    check_class_count(logits.shape[1])
     void = mask == VOID
-    if check: _check_range(mask, void, logits.shape[1])
+    if check: check_outsider(int(outsider(mask, logits.shape[1])), logits.shape[1])
     loss = F.cross_entropy(logits.float(), mask, weight=weight, ignore_index=VOID, reduction='none').sum((1, 2))
     if reduction == 'sum': return loss.sum()
     count = (~void if weight is None else weight[mask.masked_fill(void, 0)] * ~void).sum((1, 2))
@@ -108,14 +97,15 @@ def _predicted(
     pred: object,  # logits (B, C, H, W), a dict with them, or class indices (B, H, W)
     mask: Tensor,  # true class indices, (B, H, W)
     n_classes: int,
+    watch: LabelWatch,  # of the labels
 ) -> Tensor:  # predicted class indices, int64, (B, H, W)
     "The predicted class of each pixel."
-    given = logits_of(pred)
+    given = pred.as_subclass(Tensor) if isinstance(pred, Tensor) else logits_of(pred)
     if given.ndim == mask.ndim and not given.is_floating_point():
         if given.shape != mask.shape:
             raise ValueError(f'predictions of shape {tuple(given.shape)} and a mask of shape {tuple(mask.shape)}: '
                              'give one prediction a label')
-        _check_range(given.long(), mask == VOID, n_classes)
+        watch.look(given.long(), n_classes, mask == VOID)
         return given.long()
     _check_shapes(given, mask)
     if given.shape[-3] != n_classes:
@@ -124,12 +114,18 @@ def _predicted(
     return given.max(dim=-3).indices  # not argmax, which is four times slower on a CPU
 
 # %% ../nbs/03_metrics.ipynb #6e8d3777
-def _count_pixels(pred, mask, n):
+def _counted(index, n):
+    "How often each of the numbers 0 to n - 1 occurs, int64; a GPU does not wait for it."
+    if index.device.type == 'cpu': return torch.bincount(index, minlength=n)
+    index = index.clamp(0, n - 1)  # labels that no class has are found later
+    return torch.zeros(n, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
+
+def _count_pixels(pred, mask, n, watch):
     "Pixels by true class (row) and predicted class (column), void left out: int64, (n, n)."
     mask = _labels(mask)
-    _check_range(mask, mask == VOID, n)
-    index = torch.where(mask == VOID, n*n, n*mask + _predicted(pred, mask, n))
-    return torch.bincount(index.flatten(), minlength=n*n + 1)[:n*n].view(n, n)
+    watch.look(mask, n)
+    index = torch.where(mask == VOID, n*n, n*mask + _predicted(pred, mask, n, watch))
+    return _counted(index.flatten(), n*n + 1)[:n*n].view(n, n)
 
 # %% ../nbs/03_metrics.ipynb #60861eae
 def _class_iou(counts):
@@ -161,6 +157,10 @@ def _sum(counts, others):
     if len(counts) != len(others):
         raise ValueError(f'{len(counts)} and {len(others)} classes: add matrices of the same classes')
     return counts + others.to(counts.device)
+def _checked(confusion):
+    "Its counts; a `ValueError` where a GPU has counted labels that no class has."
+    confusion._watch.settle()
+    return confusion.matrix
 
 # %% ../nbs/03_metrics.ipynb #d9b5b1d1
 class ConfusionMatrix:
@@ -168,18 +168,19 @@ class ConfusionMatrix:
     def __init__(self, n_classes: int,  # background included
     ) -> None:
         self.n_classes, self.matrix = n_classes, _no_counts(n_classes)  # matrix: int64, (n_classes, n_classes)
+        self._watch = LabelWatch()
 
     def update(self,
         pred: object,  # logits (B, C, H, W), a dict with them as 'out', or predicted class indices (B, H, W)
         mask: Tensor,  # true class indices, void 255, (B, H, W)
     ) -> Self:  # itself
         "Count the pixels of one batch, on the device where they are."
-        self.matrix = _sum(_count_pixels(pred, mask, self.n_classes), self.matrix)
+        self.matrix = _sum(_count_pixels(pred, mask, self.n_classes, self._watch), self.matrix)
         return self
 
     def iou(self) -> Tensor:  # float64, on the CPU, (n_classes,)
         "Intersection over union of each class; NaN for a class that is neither true nor predicted anywhere."
-        return _class_iou(self.matrix)
+        return _class_iou(_checked(self))
 
     def miou(self) -> float:  # NaN where no pixel was counted
         "Mean IoU of the classes that are true or predicted somewhere, background included."
@@ -187,17 +188,17 @@ class ConfusionMatrix:
 
     def pixel_accuracy(self) -> float:  # NaN where no pixel was counted
         "Share of the labelled pixels that are predicted right."
-        return _accuracy(self.matrix)
+        return _accuracy(_checked(self))
 
     def table(self, vocab: Sequence[str],  # class names, background first
     ) -> pd.DataFrame:  # columns class, iou, accuracy, pixels
         "One row a class: IoU, accuracy (share of its pixels found) and labelled pixels."
-        return _class_table(self.matrix, vocab)
+        return _class_table(_checked(self), vocab)
 
     def __add__(self, other: Self,  # counts of other pixels, of the same classes
     ) -> Self:  # the counts of both, on the device of `self`
         total = type(self)(self.n_classes)
-        total.matrix = _sum(self.matrix, other.matrix)
+        total.matrix = _sum(_checked(self), _checked(other))
         return total
 
 # %% ../nbs/03_metrics.ipynb #2071eb54

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import CancelEpochException
 from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
@@ -21,7 +21,7 @@ from fastcore.foundation import L
 
 from .explain import explain_classes
 from .files import fingerprint, whole_file
-from .groups import fitting
+from .groups import Attached, fitting
 from .layers import unwrapped
 from .terms import describe
 
@@ -162,27 +162,17 @@ def _resume(checkpoint, learn):
     return state['epoch'] + 1
 
 # %% ../nbs/engine/checkpoint.ipynb #3a11e758
-class Checkpoint(Callback):
+class Checkpoint(Attached):
     "Keep all that a fit needs after each epoch; the same fit, started again after it was killed, goes on from there."
     order, run_valid = 71, False
-    _learner: Learner | None = None
 
     def __init__(self,
         file: str | Path = 'checkpoint.pth',  # relative to `learn.path`/`learn.model_dir`; removed when the fit ends
     ) -> None:
         self.file, self.start = Path(file), 0
 
-    @property
-    def learn(self) -> Learner | None:
-        "The learner that the callback was added to, or None."
-        return self._learner
-
-    @learn.setter
-    def learn(self, learn: Learner | None) -> None:
-        "Set up when the callback comes to a learner, clean up when it goes."
-        if learn is None and self._learner is not None: vars(self._learner).pop('_do_fit', None)
-        self._learner = learn
-        if learn is not None: learn._do_fit = partial(_epochs_from, self)
+    def joined(self, learn: Learner) -> None: learn._do_fit = partial(_epochs_from, self)
+    def left(self, learn: Learner) -> None: vars(learn).pop('_do_fit', None)
 
     def before_fit(self) -> None:
         "Go on where a killed fit left off, if there is one."

@@ -12,7 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.imports import noop
 from fastai.learner import AvgSmoothLoss, Learner
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attention import MapMethod
 from .distiller import Distiller, named_terms
 from .explain import explain_classes
-from .groups import OwnGroup, fitting, same_gradients, same_start
+from .groups import Attached, OwnGroup, fitting, same_gradients, same_start
 from .layers import Layers
 from .losses import ClassAttention, Distance
 from .metrics import ConfusionMatrix
@@ -49,21 +49,11 @@ def _leave_optimiser(distill):
     group, distill.own_group = distill.own_group, None
     if group is None: return
     group.leave()
-    vars(distill.learn).pop('_do_epoch', None)
-
-def _guarded_epoch(distill, do_epoch):
-    "An epoch; where it breaks off, no event says so, and the terms' parameters leave the optimiser here."
-    try: do_epoch()
-    except (CancelEpochException, CancelFitException): raise
-    except BaseException:
-        _leave_optimiser(distill)
-        raise
 
 def _join_optimiser(distill, learn, parameters):
     "Put the terms' parameters into the optimiser, for the length of a fit."
     for p in parameters: p.grad = None  # a search for a learning rate leaves some
     distill.own_group = OwnGroup(learn.opt, parameters)
-    learn._do_epoch = partial(_guarded_epoch, distill, learn._do_epoch)
 
 class _LeaveLate(Callback):
     "At the end of a fit, takes the terms' group out of the optimiser."
@@ -72,29 +62,21 @@ class _LeaveLate(Callback):
     def after_fit(self) -> None: fitting(self.learn) and _leave_optimiser(self.distill)
 
 # %% ../nbs/07_distill.ipynb #9d7d3c79
-class _Attached(Callback):
-    "What a callback does when it comes to a learner, when it goes, and when it is pickled."
+class _Joined(Attached):
+    "What the callback does when it comes to a learner, when it goes, and when it is pickled."
     order, run_valid, name = 5, False, 'distill'
-    _learner: Learner | None = None
     companions: tuple[Callback, ...] = ()
 
-    @property
-    def learn(self) -> Learner | None:
-        "The learner that the callback was added to, or None."
-        return self._learner
-
-    @learn.setter
-    def learn(self, learn: Learner | None) -> None:
-        "Set up when the callback comes to a learner, clean up when it goes."
-        if learn is None and self._learner is not None: self._release(self._learner)
-        self._learner = learn
-        if learn is not None: learn.add_cbs([cb for cb in self.companions if cb not in learn.cbs])
-
-    def _release(self, learn):
-        "Give back what was taken from the learner."
+    def joined(self, learn: Learner) -> None: learn.add_cbs([cb for cb in self.companions if cb not in learn.cbs])
+    def broke_off(self, learn: Learner) -> None:
+        "Give back what was taken from the learner for the length of a fit."
         vars(learn).pop('one_batch', None)
-        learn.remove_cbs([cb for cb in self.companions if cb in learn.cbs])
         _leave_optimiser(self)
+
+    def left(self, learn: Learner) -> None:
+        "Give back all that was taken from the learner."
+        self.broke_off(learn)
+        learn.remove_cbs([cb for cb in self.companions if cb in learn.cbs])
         self.distiller = None
 
     def __getstate__(self) -> dict:
@@ -243,7 +225,7 @@ def _end_epoch(distill):
     _warn_of_teacher(distill)
 
 # %% ../nbs/07_distill.ipynb #1764dcf9
-class Distill(_Attached):
+class Distill(_Joined):
     "Add distillation terms to the training loss of a `Learner`: `learn.fit(n, cbs=Distill(teacher, [PixelKD()]))`."
     def __init__(self,
         teacher: nn.Module,  # the trained network; frozen, put into eval mode and moved to the learner's device

@@ -8,8 +8,10 @@ __all__ = []
 # %% ../nbs/engine/groups.ipynb #67ac6710
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer, OptimWrapper
 from fastai.torch_core import num_distrib
@@ -24,6 +26,41 @@ def fitting(
 ) -> bool:  # False in `validate`, `get_preds` and `predict`, which send the events of a fit as well
     "Whether a learner is in a fit."
     return not learn.lock.locked()
+
+# %% ../nbs/engine/groups.ipynb #e08ce030
+def _with_events(learn, work, event, *args, **kwargs):
+    "What the method of this name does, and a word to the callbacks when a fit breaks off."
+    try: type(learn)._with_events(learn, work, event, *args, **kwargs)
+    except BaseException:
+        for cb in _attached(learn) if event == 'fit' else []: cb.broke_off(learn)
+        raise
+
+def _attached(learn): return [cb for cb in learn.cbs if isinstance(cb, Attached)]
+
+# %% ../nbs/engine/groups.ipynb #bc921c2c
+class Attached(Callback):
+    "A callback that is told when it comes to a learner, when it goes, and when a fit breaks off."
+    _learner: Learner | None = None
+
+    @property
+    def learn(self) -> Learner | None:
+        "The learner that the callback was added to, or None."
+        return self._learner
+
+    @learn.setter
+    def learn(self, learn: Learner | None) -> None:
+        "Set up when the callback comes to a learner, clean up when it goes."
+        last, self._learner = self._learner, learn
+        if learn is not None:
+            learn._with_events = partial(_with_events, learn)
+            self.joined(learn)
+        elif last is not None:
+            if _attached(last) == [self]: vars(last).pop('_with_events', None)
+            self.left(last)
+
+    def joined(self, learn: Learner) -> None: "The callback has come to a learner."
+    def left(self, learn: Learner) -> None: "The callback has been removed from it."
+    def broke_off(self, learn: Learner) -> None: "A fit has ended with an exception."
 
 # %% ../nbs/engine/groups.ipynb #80a2ae20
 def _set_hyper(opt, key, value):

@@ -28,6 +28,7 @@ from . import losses as _losses
 from . import metrics as _metrics
 from . import models as _models
 from . import pool as _pool
+from . import rivals as _rivals
 from . import study as _study
 from . import tensors as _tensors
 from . import terms as _terms
@@ -50,6 +51,7 @@ from .losses import *
 from .metrics import *
 from .models import *
 from .pool import *
+from .rivals import *
 from .study import *
 from .tensors import *
 from .terms import *
@@ -72,6 +74,7 @@ __all__ += _evaluate.__all__
 __all__ += _attention.__all__
 __all__ += _terms.__all__
 __all__ += _losses.__all__
+__all__ += _rivals.__all__
 __all__ += _distiller.__all__
 __all__ += _distill.__all__
 __all__ += _checkpoint.__all__

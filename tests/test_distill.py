@@ -25,14 +25,15 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from camkd_nb.data import voc_dls
 from camkd_nb.distill import CAMDistill, Distill
 from camkd_nb.distiller import Distiller
-from camkd_nb.losses import IFV, AttentionTransfer, ChannelKD, ClassAttention, PairwiseKD, PixelKD
+from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import MeanIoU, SegLoss
 from camkd_nb.models import toy_student, toy_teacher
+from camkd_nb.rivals import DIST, IFV, FeatureKD, PairwiseKD
 from camkd_nb.tensors import logits_of
 from camkd_nb.terms import Relative
 from camkd_nb.toyvoc import toy_voc
 
-every_term = [ClassAttention, PixelKD, AttentionTransfer, ChannelKD, PairwiseKD, IFV]
+every_term = [ClassAttention, PixelKD, AttentionTransfer, ChannelKD, PairwiseKD, IFV, FeatureKD, DIST]
 
 
 @pytest.fixture(scope='module')

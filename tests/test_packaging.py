@@ -180,7 +180,7 @@ public_names = '''
     SegLoss MeanIoU PixelAccuracy evaluate predict
     deeplabv3 pspnet build_model toy_teacher toy_student voc_teacher cost_table
     class_attention ClassMaps show_attention AttentionExplorer
-    ClassAttention PixelKD ChannelKD AttentionTransfer PairwiseKD IFV Relative Term Distiller
+    ClassAttention PixelKD ChannelKD AttentionTransfer PairwiseKD IFV FeatureKD DIST Relative Term Distiller
     Distill CAMDistill Checkpoint
     Study Method run_study read_runs paired_gains plot_gains'''.split()
 
@@ -205,7 +205,7 @@ print(json.dumps([kinds, sorted(packages() - before)]))
     assert set(loaded) <= modules_of | widgets
 
 
-@pytest.mark.parametrize('module, heavy', [('voc', 'torch'), *((module, 'fastai') for module in ('attention', 'losses', 'terms', 'distiller', 'layers', 'tensors', 'regions'))])
+@pytest.mark.parametrize('module, heavy', [('voc', 'torch'), *((module, 'fastai') for module in ('attention', 'losses', 'rivals', 'terms', 'distiller', 'layers', 'tensors', 'regions'))])
 def test_plain_modules_stay_plain(module, heavy):
     "voc needs Pillow and NumPy only; attention, losses, terms and the distiller serve any PyTorch loop"
     assert not python(f'import json, sys, camkd_nb.{module}; print(json.dumps("{heavy}" in sys.modules))')

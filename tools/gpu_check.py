@@ -28,9 +28,10 @@ from camkd_nb.data import voc_dls
 from camkd_nb.distill import CAMDistill
 from camkd_nb.distiller import Distiller
 from camkd_nb.layers import last_stages, unwrapped
-from camkd_nb.losses import IFV, AttentionTransfer, ChannelKD, ClassAttention, PairwiseKD, PixelKD
+from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import SegLoss
 from camkd_nb.models import deeplabv3, pspnet, toy_student, toy_teacher
+from camkd_nb.rivals import IFV, PairwiseKD
 from camkd_nb.tensors import imagenet_stats, resize, resize_mask
 from camkd_nb.toyvoc import toy_pair, toy_voc
 

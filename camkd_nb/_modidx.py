@@ -681,6 +681,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'camkd_nb.terms.Term.__init__': ('engine/terms.html#term.__init__', 'camkd_nb/terms.py'),
                                 'camkd_nb.terms.Term.options': ('engine/terms.html#term.options', 'camkd_nb/terms.py'),
                                 'camkd_nb.terms.Term.weight_at': ('engine/terms.html#term.weight_at', 'camkd_nb/terms.py'),
+                                'camkd_nb.terms._checked_layers': ('engine/terms.html#_checked_layers', 'camkd_nb/terms.py'),
                                 'camkd_nb.terms._checked_weight': ('engine/terms.html#_checked_weight', 'camkd_nb/terms.py'),
                                 'camkd_nb.terms._is_empty': ('engine/terms.html#_is_empty', 'camkd_nb/terms.py'),
                                 'camkd_nb.terms._spelled_out': ('engine/terms.html#_spelled_out', 'camkd_nb/terms.py'),

@@ -6,46 +6,95 @@
 __all__ = []
 
 # %% ../nbs/engine/regions.ipynb #01301e10
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .tensors import resize_mask
+from .tensors import cell_share, resize_mask
 from .voc import VOID
+from .watch import check_class_count
 
-# %% ../nbs/engine/regions.ipynb #df84a14c
+# %% ../nbs/engine/regions.ipynb #651f34c3
+def check_labels(
+    mask: Tensor,  # class indices and `VOID`, integers, (B, H, W)
+    n_classes: int,  # background included
+) -> None:
+    "Raise a `ValueError` for a pixel that is neither a class nor void, with its image."
+    check_class_count(n_classes)
+    wrong = (mask != VOID) & ((mask < 0) | (mask >= n_classes))
+    if not wrong.any(): return
+    i = int(wrong.flatten(1).any(1).nonzero()[0])
+    raise ValueError(f'the mask of image {i} holds {int(mask[wrong][0])}, but the network knows the classes 0 to '
+                     f'{n_classes - 1}, and void is {VOID}: give other labels, or a network with more classes')
+
+# %% ../nbs/engine/regions.ipynb #5a6f7ba5
 def _count_pixels(mask, n_classes):
-    "The pixels of each class in each image, (B, C), void left out; a `ValueError` for a value that is neither."
+    "The pixels of each class in each image, float32, (B, C); void and other labels are left out."
     flat = mask.flatten(1)
-    valid = flat != VOID
-    known = torch.where(valid & (flat >= 0) & (flat < n_classes), flat, n_classes)
-    pixels = torch.zeros(len(mask), n_classes + 1, device=mask.device).scatter_add_(1, known, valid.float())
-    if pixels[:, n_classes].sum() == 0: return pixels[:, :n_classes]
-    outsider = mask[(mask != VOID) & ((mask < 0) | (mask >= n_classes))][0].item()
-    raise ValueError(f'the mask holds {outsider}, but the network knows the classes 0 to {n_classes - 1}, '
-                     f'and void is {VOID}: give other labels, or a network with more classes')
+    known = torch.where((flat != VOID) & (flat >= 0) & (flat < n_classes), flat, n_classes)
+    return torch.zeros(len(mask), n_classes + 1, device=mask.device).scatter_add_(
+        1, known, torch.ones_like(known, dtype=torch.float32))[:, :n_classes]
+
+def _amounts(mask, n_classes, size):
+    "Each class's positions at a smaller size; below 1 for a class that has pixels and no position; 0 for none."
+    pixels = _count_pixels(mask, n_classes)
+    if size is None or tuple(size) == tuple(mask.shape[-2:]): return pixels
+    cells = _count_pixels(resize_mask(mask, size), n_classes)
+    return torch.where(cells > 0, cells, pixels / (1 + mask[0].numel()))
+
+# %% ../nbs/engine/regions.ipynb #39ab8a57
+def at_least_one(
+    name: str,  # of the argument
+    value: int | None,  # None: no limit
+) -> None:
+    "Raise a `TypeError` or a `ValueError` unless the value is a whole number from 1 on, or None."
+    if value is None: return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f'{name}={value!r}: give a whole number, or None for all')
+    if value < 1: raise ValueError(f'{name}={value}: give 1 or more, or None for all')
+
+def _columns(present, max_classes):
+    "How many classes to list, where waiting for a device is not worth a smaller number."
+    most = present.shape[1] if max_classes is None else min(max_classes, present.shape[1])
+    if max_classes is not None and present.device.type != 'cpu': return most
+    return min(most, int((present > 0).sum(1).max())) if len(present) else 0
 
 # %% ../nbs/engine/regions.ipynb #b7cd96dc
 def present_classes(
-    mask: Tensor,  # class indices, int64, (B, H, W), `VOID` where undecided
+    mask: Tensor,  # class indices, integers, (B, H, W), `VOID` where undecided
     n_classes: int,  # background included
     *,
     max_classes: int | None = None,  # at most so many classes an image; None: all
     pick: str = 'largest',  # 'largest' or 'random': which ones, when an image has more than `max_classes`
     generator: torch.Generator | None = None,  # on the CPU, for 'random'
+    size: Iterable[int] | None = None,  # (h, w) of the logits; None: that of the mask
 ) -> Tensor:  # int64, (B, k): the classes of each image, padded with -1
     "The classes in each mask, void never, the largest first."
     if pick not in ('largest', 'random'): raise ValueError(f"pick={pick!r}: choose 'largest' or 'random'")
-    if max_classes is not None and max_classes < 1: raise ValueError(f'max_classes={max_classes}: give 1 or more')
-    present = _count_pixels(mask, n_classes)
-    richest = int((present > 0).sum(1).max())
-    k = richest if max_classes is None else min(richest, max_classes)
+    at_least_one('max_classes', max_classes)
+    check_class_count(n_classes)
+    if mask.device.type == 'cpu': check_labels(mask, n_classes)
+    present = _amounts(mask.long(), n_classes, size)
+    k = _columns(present, max_classes)
     if pick == 'random':  # 1 - rand is never 0
-        present = (1 - torch.rand(present.shape, generator=generator).to(mask.device)) * (present > 0)
+        chance = torch.rand(present.shape, generator=generator, device='cpu').to(mask.device, non_blocking=True)
+        present = (1 - chance) * (present > 0)
     amount, classes = present.topk(k, dim=1)
     return torch.where(amount > 0, classes, -1)
+
+# %% ../nbs/engine/regions.ipynb #af0b3ccc
+def resize_regions(
+    regions: Tensor,  # bool, (B, k, H, W)
+    size: Iterable[int],  # (h, w)
+) -> Tensor:  # bool, (B, k, h, w)
+    "Nearest-neighbour resizing; a region that it misses consists of every position in which it has a pixel."
+    if regions.shape[-2:] == tuple(size): return regions
+    nearest = resize_mask(regions, size)
+    missed = ~nearest.flatten(2).any(2)[..., None, None]
+    return nearest | (missed & (cell_share(regions, size) > 0))
 
 # %% ../nbs/engine/regions.ipynb #df90f595
 REGIONS = ('label', 'predicted', 'all')
@@ -58,34 +107,54 @@ def _marked(region, classes, size):
     if given.ndim != 4 or len(given) != b or given.shape[1] not in (1, k):
         raise ValueError(f'region of shape {tuple(region.shape)} does not fit {b} images with {k} classes: '
                          f'give ({b}, H, W) or ({b}, {k}, H, W)')
-    return resize_mask(given.to(classes.device).expand(-1, k, -1, -1), size)
+    return resize_regions(given.to(classes.device).expand(-1, k, -1, -1), size)
 
 # %% ../nbs/engine/regions.ipynb #1823db73
 def region_masks(
     classes: Tensor,  # int64, (B, k), -1 for none
     logits: Tensor,  # (B, C, H, W)
-    mask: Tensor | None = None,  # class indices and `VOID`, int64, (B, H, W); None: no labels
+    mask: Tensor | None = None,  # class indices and `VOID`, integers, (B, H', W'); None: no labels
     region: Region = 'label',  # one of `REGIONS`; or bool, (B, H, W) for all classes or (B, k, H, W) for each
 ) -> Tensor:  # bool, (B, k, H, W)
     "The pixels over which the score of each asked class is summed."
-    asked = classes[..., None, None]
-    if isinstance(region, Tensor): return _marked(region, classes, logits.shape[-2:]) & (asked >= 0)
+    asked, size = classes[..., None, None], logits.shape[-2:]
+    if isinstance(region, Tensor): return _marked(region, classes, size) & (asked >= 0)
     if region not in REGIONS:
         raise ValueError(f'region={region!r}: choose one of {", ".join(map(repr, REGIONS))}, or give a bool tensor')
     if region == 'label':
         if mask is None: raise ValueError("region='label' needs a mask: give one, or use region='predicted'")
-        return mask[:, None] == asked
-    inside = (asked >= 0).expand(-1, -1, *logits.shape[-2:])
-    if mask is not None: inside = inside & (mask != VOID)[:, None]
+        return resize_regions((mask[:, None] == asked) & (asked >= 0), size)
+    inside = (asked >= 0).expand(-1, -1, *size)
+    if mask is not None: inside = inside & (resize_mask(mask, size) != VOID)[:, None]
     return inside if region == 'all' else inside & (logits.argmax(1)[:, None] == asked)
+
+# %% ../nbs/engine/regions.ipynb #38d6046a
+def without_empty_columns(
+    classes: Tensor,  # int64, (B, k), -1 for none
+) -> Tensor:  # int64, (B, k'): columns at the end that ask no image are left out
+    "As many columns as are needed; the host waits for the device to know."
+    asked = (classes >= 0).any(0).nonzero()
+    return classes[:, :int(asked.max()) + 1 if len(asked) else 0]
 
 # %% ../nbs/engine/regions.ipynb #a134311a
 Classes: TypeAlias = Iterable[int] | Tensor | None  # None: those present; a list: for all images; (B, k): for each
 
+def _as_indices(classes):
+    "What was given as classes, as a tensor."
+    if isinstance(classes, (str, Mapping)) or getattr(classes, 'ndim', 1) == 0 or not isinstance(classes, Iterable):
+        raise TypeError(f'classes={classes!r}: give a list of class indices, such as [1, 3], a tensor (B, k), '
+                        'or None for those present')
+    if not hasattr(classes, '__array__'): classes = list(classes)
+    if not len(classes): raise ValueError('classes is empty: give at least one, or None for those present')
+    try: return torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f'classes={classes!r}: give whole numbers, as many for each image') from None
+
 def _given_classes(classes, logits):
     "Classes as they were given, as int64 tensor (B, k) that fits the logits."
-    classes, (n, n_classes) = torch.as_tensor(classes, device=logits.device), logits.shape[:2]
-    if classes.is_floating_point(): raise TypeError(f'classes must be whole numbers, got {classes.dtype}')
+    classes, (n, n_classes) = _as_indices(classes).to(logits.device), logits.shape[:2]
+    if classes.is_floating_point() or classes.dtype == torch.bool:
+        raise TypeError(f'classes must be whole numbers, got {classes.dtype}')
     if classes.ndim == 1: classes = classes.expand(n, -1)
     if classes.ndim != 2 or len(classes) != n:
         raise ValueError(f'classes of shape {tuple(classes.shape)} do not fit a batch of {n}: '
@@ -98,7 +167,7 @@ def _given_classes(classes, logits):
 # %% ../nbs/engine/regions.ipynb #e8867bb9
 def asked_classes(
     classes: Classes,  # None: those present; a list for all images; or int, (B, k), -1 for none
-    mask: Tensor | None,  # class indices and `VOID`, int64, (B, H, W); None: the predicted classes
+    mask: Tensor | None,  # class indices and `VOID`, integers, (B, H', W'); None: the predicted classes
     logits: Tensor,  # (B, C, H, W)
     *,
     max_classes: int | None = None,  # at most so many present classes an image; None: all
@@ -108,4 +177,5 @@ def asked_classes(
     "Which classes to ask each image about."
     if classes is not None: return _given_classes(classes, logits)
     labels = logits.argmax(1) if mask is None else mask
-    return present_classes(labels, logits.shape[1], max_classes=max_classes, pick=pick, generator=generator)
+    return present_classes(labels, logits.shape[1], max_classes=max_classes, pick=pick, generator=generator,
+                           size=logits.shape[-2:])

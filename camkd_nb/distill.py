@@ -265,16 +265,16 @@ class CAMDistill(Distill):
         *,
         weight: Weight = .2,  # 0 or more, a function: training progress 0 to 1 -> 0 or more, or `Relative`
         region: str = 'label',  # 'label', 'predicted' (by the teacher) or 'all': the pixels whose logits make the score
-        max_classes: int | None = 2,  # classes asked of each image and step, at random; None: all of `classes`
+        max_classes: int | None = 2,  # classes asked of each image and step, at random; None: all
         method: str | MapMethod = 'gradcam',  # a name in `METHODS`, or a function from a `Reading` to maps
         signed: bool = True,  # compare what speaks against a class too: maps without their ReLU
         second_order: bool = True,  # differentiate the maps' weights too, which teaches the layers behind
-        classes: str = 'present',  # those 'present' in the image, or 'any' of the network's, for `region='all'`
+        absent: bool = False,  # ask about classes that the image does not hold as well, for `region='all'`
         distance: Distance | None = None,  # None: `map_distance`, centred where the maps are signed
         show_teacher: bool = False,  # columns for the teacher's loss and both networks' mean IoU on training batches
     ) -> None:
         term = ClassAttention(weight, layers, region=region, max_classes=max_classes, method=method, signed=signed,
-                              second_order=second_order, classes=classes, distance=distance)
+                              second_order=second_order, absent=absent, distance=distance)
         super().__init__(teacher, term, show_teacher=show_teacher)
 
 # %% ../nbs/07_distill.ipynb #eb23dfd2

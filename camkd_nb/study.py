@@ -226,7 +226,12 @@ def _todo(study, seeds, part=(0, 1)):
 def _completed(kept, terms):
     "The options of a row, with today's defaults for those that its terms did not have yet."
     if len(terms) != len(kept['terms']): return kept
-    return {**kept, 'terms': [{**_defaults(term), **old} for term, old in zip(terms, kept['terms'])]}
+    return {**kept, 'terms': [{**_defaults(term), **_renamed(old)} for term, old in zip(terms, kept['terms'])]}
+
+def _renamed(old):
+    "A term's options by today's names: class attention's `absent` was `classes`, 'present' or 'any'."
+    if old.get('classes') not in ('present', 'any'): return old
+    return {**{key: value for key, value in old.items() if key != 'classes'}, 'absent': old['classes'] == 'any'}
 
 def _defaults(term):
     known = {key: p.default for key, p in inspect.signature(type(term)).parameters.items() if key in term.options()}

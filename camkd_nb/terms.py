@@ -7,7 +7,7 @@ __all__ = ['Side', 'Step', 'Relative', 'Term', 'valid_share']
 
 # %% ../nbs/engine/terms.ipynb #e0c51513
 import inspect, math, weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .explain import explain_classes
 from .layers import Layers, match_layers
-from .tensors import cell_share
+from .tensors import cell_share, logits_of
 from .voc import VOID
 
 # %% ../nbs/engine/terms.ipynb #33d9d4a9
@@ -27,6 +27,7 @@ class Side:
     model: nn.Module
     logits: Tensor  # (B, C, H, W)
     activations: dict[str, Tensor] = field(default_factory=dict)  # path -> (B, K, h, w)
+    read: Callable[[object], Tensor] = logits_of  # from what the network returns to logits such as these
 
 @dataclass
 class Step:
@@ -101,6 +102,17 @@ def _checked_weight(weight, name):
         raise ValueError(f'weight of {name} is {weight}: give a finite number, 0 or more')
     return weight
 
+# %% ../nbs/engine/terms.ipynb #4c8dd52c
+def _checked_layers(term, layers):
+    "Layers that can be read more than once; a term that finds its layers when nobody names any compares one at least."
+    if isinstance(layers, (str, Mapping, type(None))): checked = layers
+    elif isinstance(layers, Iterable): checked = layers if isinstance(layers, (tuple, list)) else list(layers)
+    else: raise TypeError(f'layers={layers!r} of {term.name}: give a list of paths, or a dict student path -> teacher '
+                          "path, such as layers=['backbone.layer4']")
+    option = inspect.signature(type(term)).parameters.get('layers')
+    if checked is None or len(checked) or option is None or option.default is not None: return checked
+    raise ValueError(f'layers={layers!r}: {term.name} compares layers, name one or leave the option out')
+
 # %% ../nbs/engine/terms.ipynb #fa7c547b
 class Term(FitModule):
     "A distillation loss: call it with a `Step`, get a scalar. A subclass writes `forward(self, step)`."
@@ -117,7 +129,7 @@ class Term(FitModule):
         super().__init__()
         self.relative = weight if isinstance(weight, Relative) else None
         self.weight: Schedule = weight.share if isinstance(weight, Relative) else weight
-        self.layers = layers
+        self.layers = _checked_layers(self, layers)
         self.reset()
         if not callable(self.weight): self.weight_at(0.)
 

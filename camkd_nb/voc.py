@@ -7,6 +7,7 @@ __all__ = ['VOC_CLASSES', 'VOID', 'color_mask', 'read_mask', 'read_image', 'writ
 
 # %% ../nbs/00_voc.ipynb #98b03820
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from .files import whole_file
+from .lists import NAME_FILES, advice_for, picture_files, read_ids, read_names, split_lists, the_mask, the_photo
+from .photos import open_picture, stored_indices, to_rgb
 
 # %% ../nbs/00_voc.ipynb #dbcd2375
 VOC_CLASSES = [
@@ -36,35 +39,20 @@ def color_mask(
     "The mask in VOC colours."
     return voc_palette()[np.asarray(mask)]
 
-# %% ../nbs/00_voc.ipynb #2eb0765c
-def _open(file):
-    "The decoded picture of a file, in its own mode; a `ValueError` names a file that is no image or cut short."
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
-    except FileNotFoundError: raise
-    except (OSError, SyntaxError) as e:
-        raise ValueError(f'{file}: not a readable image ({e}). Fetch or make the file again.') from e
-
 # %% ../nbs/00_voc.ipynb #ef486ded
 def read_mask(
-    file: str | Path | Image.Image,  # a mask's file or opened picture: palette (`P`), or indices (`L`, `1`)
+    file: str | Path | Image.Image,  # a mask's file or opened picture: palette (`P`), or indices (`L`, `1`, `I;16`)
 ) -> np.ndarray:  # class indices as stored, uint8, (H, W)
     "The class indices of a mask, never its colours."
-    picture = file if isinstance(file, Image.Image) else _open(file)
-    if picture.mode not in ('P', 'L', '1'):
-        raise ValueError(
-            f'{file}: a mask holds one class index a pixel, but this picture has mode {picture.mode!r}. '
-            'Turn its colours into class indices by the palette and save those with `write_mask(indices, file)`.')
-    return np.array(picture, dtype=np.uint8)
+    if not isinstance(file, Image.Image): return stored_indices(open_picture(file), file)
+    return stored_indices(file, getattr(file, 'filename', '') or 'the mask')
 
 # %% ../nbs/00_voc.ipynb #54056fea
 def read_image(
     file: str | Path,  # an image file
 ) -> np.ndarray:  # RGB, uint8, (H, W, 3)
-    "The pixels of an image, always three channels."
-    return np.array(_open(file).convert('RGB'))
+    "The pixels of an image as it is shown, always three channels."
+    return to_rgb(open_picture(file), file)
 
 # %% ../nbs/00_voc.ipynb #06aa4902
 def _checked_mask(mask):
@@ -101,11 +89,12 @@ def check_mask(
     "Raise a `ValueError` if a value is neither one of the classes nor void."
     outside = mask[(mask >= n_classes) & (mask != VOID)]
     if outside.size == 0: return
-    found = ', '.join(map(str, np.unique(outside)[:5]))
+    values = np.unique(outside)[:5].tolist()
     raise ValueError(
-        f'{where}: value {found} in the mask ({outside.size} pixels), but there are {n_classes} classes: '
-        f'0..{n_classes - 1}, and {VOID} for void. Add the class to classes.txt, or write the mask again '
-        'with class indices, not colours or grey values.')
+        f'{where}: value {", ".join(map(str, values))} in the mask ({outside.size} pixels), but there are {n_classes} '
+        f'classes: 0..{n_classes - 1}, and {VOID} for void. Add the class to classes.txt, or write the mask again '
+        f'with class indices, not colours or grey values. If this is undecided, map it to {VOID}: '
+        f'`voc_gather(..., void={values[0] if len(values) == 1 else values})`.')
 
 # %% ../nbs/00_voc.ipynb #ba1226a6
 def check_pair(
@@ -116,8 +105,11 @@ def check_pair(
     "Raise a `ValueError` if an image and its mask differ in size."
     (width, height), (mask_width, mask_height) = image_size, mask_size
     if (width, height) == (mask_width, mask_height): return
+    turned = (width, height) == (mask_height, mask_width)
     raise ValueError(f'{where}: the mask is {mask_width}×{mask_height} pixels, its image {width}×{height}. '
-                     'Each pixel needs its own label: make the mask again at the size of the image.')
+                     + 'The mask lies on its side: was it made before the photo was turned by its orientation tag? '
+                       'Save the photo without that tag, or turn the mask.' * turned
+                     + 'Each pixel needs its own label: make the mask again at the size of the image.' * (not turned))
 
 # %% ../nbs/00_voc.ipynb #de90cf87
 _FOLDERS = 'JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'
@@ -133,37 +125,36 @@ def voc_root(
     if missing: raise ValueError(f'{root}: not a VOC tree, it lacks {", ".join(missing)}.')
     return root
 
-# %% ../nbs/00_voc.ipynb #51fdad8b
-def _lines(file):
-    "The lines of a text file that are not empty, without a byte order mark."
-    return [line.strip() for line in file.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
-
 # %% ../nbs/00_voc.ipynb #4e15a53d
 def voc_classes(
     path: str | Path,  # a VOC tree
-) -> list[str]:  # class names, background first
-    "The names of the tree's classes: its `classes.txt`, else the 21 of VOC."
-    listed = voc_root(path)/'classes.txt'
-    if not listed.exists(): return list(VOC_CLASSES)
-    names = _lines(listed)
-    if not 2 <= len(names) <= VOID:
-        raise ValueError(f'{listed}: {len(names)} class names, need 2 to {VOID}: background and at least one more.')
-    repeated = {name for name in names if names.count(name) > 1}
-    if repeated: raise ValueError(f'{listed}: listed more than once: {", ".join(sorted(repeated))}.')
-    return names
+) -> list[str]:  # class names, in the order of their indices
+    "The names of the tree's classes: its `classes.txt` or another list of names, else the 21 of VOC."
+    root = voc_root(path)
+    listed = next((root/name for name in NAME_FILES if (root/name).is_file()), None)
+    return read_names(listed) if listed else list(VOC_CLASSES)
+
+# %% ../nbs/00_voc.ipynb #6d2f72a6
+_BACKGROUND = 'background', 'bg', 'unlabelled', 'unlabeled', 'none', 'nothing'
+
+def background_class(
+    vocab: Iterable[str] | None,  # class names; None: not known
+) -> int | None:  # its index; None where there is none, and 0 where names are not known
+    "The class of all that is no object, by its name."
+    if vocab is None: return 0
+    return next((c for c, name in enumerate(vocab) if name.lower().strip('_- ') in _BACKGROUND), None)
 
 # %% ../nbs/00_voc.ipynb #ac0763c5
 def voc_ids(
     path: str | Path,  # a VOC tree
     split: str,  # 'train', 'val' or another list in ImageSets/Segmentation
-) -> list[str]:  # ids, without folder and suffix
+) -> list[str]:  # ids, without suffix
     "The ids of a split, in the order of its list."
     lists = voc_root(path)/'ImageSets/Segmentation'
     listed = lists/f'{split}.txt'
     if not listed.is_file():
-        found = ', '.join(sorted(p.stem for p in lists.glob('*.txt'))) or 'none'
-        raise ValueError(f'No split {split!r} in {lists}. There are: {found}.')
-    ids = _lines(listed)
+        raise ValueError(f'No split {split!r} in {lists}. There are: {", ".join(split_lists(lists)) or "none"}.')
+    ids = read_ids(listed)
     if not ids: raise ValueError(f'{listed}: the split is empty. Write one id a line, without folder and suffix.')
     return ids
 
@@ -174,14 +165,16 @@ def voc_items(
 ) -> list[tuple[Path, Path]]:  # pairs: image, mask
     "The image and mask files of a split, all of them present."
     root, ids = voc_root(path), voc_ids(path, split)
-    pairs = [(root/f'JPEGImages/{i}.jpg', root/f'SegmentationClass/{i}.png') for i in ids]
-    present = {folder: set(os.listdir(root/folder)) for folder in ('JPEGImages', 'SegmentationClass')}
-    missing = [file for pair in pairs for file in pair if file.name not in present[file.parent.name]]
+    photos, masks = picture_files(root/'JPEGImages', ids), picture_files(root/'SegmentationClass', ids)
+    pairs = [(the_photo(photos[i], f'{root}/JPEGImages/{i}'), the_mask(masks[i], f'{root}/SegmentationClass/{i}'))
+             for i in ids]
+    missing = [name for i, pair in zip(ids, pairs) for file, name in
+               zip(pair, (f'JPEGImages/{i}.jpg', f'SegmentationClass/{i}.png')) if file is None]
     if missing:
-        first = ', '.join(str(file.relative_to(root)) for file in missing[:3])
-        raise ValueError(f'Split {split!r} of {root} names {len(missing)} file(s) that are not there, first {first}. '
-                         'Put them there or take their ids out of the list.')
-    return pairs
+        raise ValueError(f'Split {split!r} of {root} names {len(missing)} file(s) that are not there, first '
+                         f'{", ".join(missing[:3])}. Put them there or take their ids out of the list.'
+                         + advice_for(missing[0]))
+    return [(photo, mask) for photo, mask in pairs if photo and mask]
 
 # %% ../nbs/00_voc.ipynb #724ae367
 def voc_real() -> Path | None:  # the tree, or None where the variable is not set

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt, numpy as np, torch
 from PIL import Image
 from fastai.data.block import DataBlock, TransformBlock
-from fastai.data.core import DataLoaders, TfmdDL, show_results
+from fastai.data.core import DataLoaders, show_results
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor, ItemGetter, Normalize
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import Tensor, TensorImage, TensorMask, ndarray
@@ -27,7 +27,10 @@ from fasttransform import Transform
 from matplotlib.patches import Patch
 
 from .explain import explain_classes
-from .voc import VOID, check_mask, check_pair, color_mask, read_image, read_mask, voc_classes, voc_items
+from .loading import SeededDL, training_items
+from .photos import read_photo
+from .voc import (
+    VOID, background_class, check_mask, check_pair, checked_mask, color_mask, read_mask, voc_classes, voc_items)
 
 # %% ../nbs/02_data.ipynb #32e9560b
 class VOCMask(PILMask):
@@ -36,10 +39,10 @@ class VOCMask(PILMask):
 
     @classmethod
     def create(cls,
-        fn: Path | str | Tensor | ndarray | Image.Image,  # a mask file, or class indices
+        fn: Path | str | Tensor | ndarray | Image.Image,  # a mask file, or class indices, (H, W)
     ) -> 'VOCMask':
         "The class indices of a file, tensor, array or picture, as a `VOCMask`."
-        if isinstance(fn, (Tensor, ndarray)): return super(PILMask, cls).create(fn)  # PILMask's is bound to PILMask
+        if isinstance(fn, (Tensor, ndarray)): return cls(Image.fromarray(checked_mask(np.asarray(fn))))
         mask = cls(Image.fromarray(read_mask(fn)))
         if not isinstance(fn, Image.Image): mask.where = str(fn)
         return mask
@@ -49,11 +52,10 @@ class VOCImage(PILImage):
     "An RGB image; a file that cannot be decoded is named."
     @classmethod
     def create(cls,
-        fn: Path | str | Tensor | ndarray | bytes | Image.Image,  # an image file, or pixels
+        fn: Path | str | Tensor | ndarray | bytes | Image.Image,  # an image file, or pixels, as `read_photo` takes them
     ) -> 'VOCImage':
         "The RGB pixels of a file, tensor, array, bytes or picture, as a `VOCImage`."
-        if isinstance(fn, Image.Image): return cls(fn.convert('RGB'))
-        return cls(Image.fromarray(read_image(fn))) if isinstance(fn, (str, Path)) else super().create(fn)
+        return cls(Image.fromarray(read_photo(fn)))
 
 # %% ../nbs/02_data.ipynb #538b8094
 def _axis(length, scaled, size, offset):
@@ -163,11 +165,11 @@ class TensorVOCMask(TensorMask):
     ) -> plt.Axes:
         "Draw the mask over whatever is on the axes."
         if ctx is None: ctx = plt.subplots(figsize=figsize)[1]
-        mask = self.cpu().numpy().astype(np.uint8)
-        present = [i for i in np.unique(mask).tolist() if i not in (0, VOID)]
-        opacity = np.select([mask == 0, mask == VOID], [0, 255], 178)
+        mask, names = self.cpu().numpy().astype(np.uint8), getattr(self, 'codes', None)
+        clear = mask == (VOID if background_class(names) is None else background_class(names))
+        opacity = np.select([mask == VOID, clear], [255, 0], 178)
         ctx.imshow(np.dstack([color_mask(mask), opacity.astype(np.uint8)]), interpolation='nearest')
-        _legend(ctx, present, getattr(self, 'codes', None))
+        _legend(ctx, np.unique(mask[(mask != VOID) & ~clear]).tolist(), names)
         return ctx
 
 VOCMask._tensor_cls = TensorVOCMask
@@ -185,7 +187,7 @@ class OpenVOCMask(Transform):
     "Open a mask and check its values against the classes."
     loss_func = CrossEntropyLossFlat(axis=1, ignore_index=VOID)
     def __init__(self,
-        vocab: Sequence[str],  # class names, background first
+        vocab: Sequence[str],  # class names, in the order of their indices
     ) -> None:
         self.vocab, self.c = list(vocab), len(vocab)
         super().__init__()
@@ -200,61 +202,10 @@ class OpenVOCMask(Transform):
 
 # %% ../nbs/02_data.ipynb #8b418276
 def VOCMaskBlock(
-    vocab: Sequence[str],  # class names, background first
+    vocab: Sequence[str],  # class names, in the order of their indices
 ) -> TransformBlock:  # for the second place of a `DataBlock`
     "A `TransformBlock` for palette masks with void."
     return TransformBlock(type_tfms=OpenVOCMask(vocab), item_tfms=AddMaskCodes(vocab), batch_tfms=IntToFloatTensor)
-
-# %% ../nbs/02_data.ipynb #c11ef326
-class SeededDL(TfmdDL):
-    "A loader whose order and augmentation follow from one number a pass, with any number of workers."
-    pass_seed: int | str = 0  # of the pass that runs
-    def __init__(self,
-        *args: Any,  # as for `TfmdDL`
-        seed: int | None = None,  # fixes all passes; None: PyTorch's generator gives each pass its number
-        **kwargs: Any,  # as for `TfmdDL`
-    ) -> None:
-        self.seed, self.passes = seed, 0
-        super().__init__(*args, **kwargs)
-
-    def new(self,
-        dataset: Any = None,  # other items; None: the same
-        cls: type | None = None,  # another class of loader; None: the same
-        **kwargs: Any,  # arguments of `__init__` that change
-    ) -> TfmdDL:
-        "The same loader with some arguments changed."
-        return super().new(dataset, cls, **{'seed': self.seed, **kwargs})
-
-    def randomize(self) -> None:
-        "Begin a pass: fix its order and its augmentation."
-        self.pass_seed = torch.randint(2**62, ()).item() if self.seed is None else f'{self.seed} {self.passes}'
-        self.passes += 1
-        self.rng = random.Random(self.pass_seed)
-
-    def do_item(self,
-        s: int | None,  # the item's index
-    ) -> Any:  # what its transforms made of it
-        "Read and transform item `s`, with random numbers that depend on the pass and on `s` alone."
-        state = random.getstate()
-        random.seed(f'{self.pass_seed} {s}')
-        try: return super().do_item(s)
-        finally: random.setstate(state)
-
-# %% ../nbs/02_data.ipynb #0c17fdc8
-def training_items(
-    items: list,  # all training pairs
-    bs: int,  # images a batch
-    n_train: int | None,  # how many of them to keep; None: all
-) -> list:
-    "The training pairs asked for, if they fill a batch."
-    if n_train is not None:
-        if not 1 <= n_train <= len(items):
-            raise ValueError(f'n_train is 1 to {len(items)}, the number of training images, not {n_train}.')
-        items = random.Random(0).sample(items, len(items))[:n_train]
-    if not 1 <= bs <= len(items):
-        raise ValueError(f'bs={bs} with {len(items)} training images makes no full batch, and incomplete ones are '
-                         f'dropped. Give bs from 1 to {len(items)}.')
-    return items
 
 # %% ../nbs/02_data.ipynb #99aa746b
 def voc_dls(

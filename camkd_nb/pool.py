@@ -17,7 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from torch import Tensor, nn
 
-from .data import SeededDL, training_items
+from .loading import SeededDL, training_items
 from .evaluate import Evaluation, network_input
 from .explain import explain_classes
 from .files import fingerprint, whole_file

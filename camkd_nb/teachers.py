@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data import training_items
+from .loading import training_items
 from .files import cache_dir, fingerprint, whole_file
 from .models import build_model, deeplabv3_mobilenetv2_voc, toy_teacher, voc_teacher
 from .toyvoc import TOY_CLASSES

@@ -55,7 +55,9 @@ def read_image(
     return to_rgb(open_picture(file), file)
 
 # %% ../nbs/00_voc.ipynb #06aa4902
-def _checked_mask(mask):
+def checked_mask(
+    mask: ArrayLike,  # class indices, (H, W)
+) -> np.ndarray:  # uint8, (H, W)
     "`mask` as `uint8`, if it is two-dimensional and holds whole numbers 0..255."
     values = np.asarray(mask)
     if values.ndim != 2:
@@ -76,7 +78,7 @@ def write_mask(
     file = Path(file)
     if file.suffix.lower() != '.png':
         raise ValueError(f'{file.name}: a mask must be saved as .png, other formats change its indices.')
-    picture = Image.fromarray(_checked_mask(mask))
+    picture = Image.fromarray(checked_mask(mask))
     picture.putpalette(voc_palette().tobytes())
     with whole_file(file) as draft: picture.save(draft, format='PNG')
 

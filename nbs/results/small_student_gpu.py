@@ -26,8 +26,9 @@ from fastai.optimizer import Adam, Optimizer
 from torch import nn
 
 import camkd_nb.training
-from camkd_nb.data import JointAugment, SeededDL, VOCImage, VOCMask
+from camkd_nb.data import JointAugment, VOCImage, VOCMask
 from camkd_nb.evaluate import Evaluation, evaluate, network_input
+from camkd_nb.loading import SeededDL
 from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import ConfusionMatrix
 from camkd_nb.models import PSPHead, SegmentationModel, build_backbone, deeplabv3_mobilenetv2_voc

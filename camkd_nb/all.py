@@ -24,6 +24,7 @@ from . import evaluate as _evaluate
 from . import explore as _explore
 from . import figures as _figures
 from . import layers as _layers
+from . import layouts as _layouts
 from . import losses as _losses
 from . import metrics as _metrics
 from . import models as _models
@@ -47,6 +48,7 @@ from .evaluate import *
 from .explore import *
 from .figures import *
 from .layers import *
+from .layouts import *
 from .losses import *
 from .metrics import *
 from .models import *
@@ -67,6 +69,7 @@ __all__ += _download.__all__
 __all__ += _toyvoc.__all__
 __all__ += _data.__all__
 __all__ += _tensors.__all__
+__all__ += _layouts.__all__
 __all__ += _layers.__all__
 __all__ += _models.__all__
 __all__ += _metrics.__all__

@@ -6,28 +6,33 @@
 __all__ = ['Taps', 'last_stages', 'match_layers']
 
 # %% ../nbs/engine/layers.ipynb #a698f0aa
-from collections.abc import Iterable, Mapping
+import contextlib, warnings, weakref
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .explain import explain_classes
+from .layouts import Layout, Tap, from_maps, layouts, strides, tensor_in, to_maps, unreadable, with_tensor
 from .tensors import eval_mode, unknown_name
 
 # %% ../nbs/engine/layers.ipynb #e4a3e15b
 def unwrapped(
     model: nn.Module,
-) -> nn.Module:  # the network inside `DistributedDataParallel` and `torch.compile`, or `model` itself
+    role: str = 'network',  # what to call it in an error
+) -> nn.Module:  # the network inside `torch.compile` and wrappers with a `.module`, or `model` itself
     "The network that has the layers; a `TypeError` for `DataParallel`."
     if isinstance(model, nn.DataParallel):
-        raise TypeError('the student is a DataParallel, which copies the network for each device, where taps do not '
-                        'see it: use DistributedDataParallel, as `learn.distrib_ctx()` does')
-    distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    inner = model.module if distributed else getattr(model, '_orig_mod', model)
-    return model if inner is model else unwrapped(inner)
+        raise TypeError(f'the {role} is a DataParallel, which copies the network for each device, where taps do not '
+                        'see it: use DistributedDataParallel, as `learn.distrib_ctx()` does, or its `.module`')
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, AveragedModel))
+    inner = model.module if wrapped else getattr(model, '_orig_mod', model)
+    return model if inner is model else unwrapped(inner, role)
 
 def is_compiled(
     model: nn.Module,
@@ -42,6 +47,30 @@ def run_eagerly(
     return torch.compiler.set_stance('force_eager') if is_compiled(model) else nullcontext()
 
 # %% ../nbs/engine/layers.ipynb #f6fb774e
+WRAPPERS = '_orig_mod.', '_checkpoint_wrapped_module.', '_fsdp_wrapped_module.'  # in names of their layers
+
+def plain_name(
+    name: str,  # as in `named_modules()`
+) -> str:  # without what wrappers of parts add
+    "The name of a layer as its network would call it."
+    for wrapper in WRAPPERS: name = name.replace(wrapper, '')
+    return name
+
+def _known(model):
+    "Every module by all of its names, also those inside the wrappers."
+    known: dict[str, nn.Module] = {}
+    for net in (unwrapped(model), model):
+        for name, module in net.named_modules(remove_duplicate=False): known[plain_name(name)] = module
+    known.pop('', None)
+    return known
+
+def _check_scripted(model, path, known):
+    parents = [known.get(path[:i]) for i, letter in enumerate(path) if letter == '.']
+    if any(isinstance(parent, torch.jit.ScriptModule) for parent in (model, unwrapped(model), *parents)):
+        raise TypeError(f'layer {path!r} is inside a TorchScript program, where taps are not called: '
+                        'give the network it was made from')
+
+# %% ../nbs/engine/layers.ipynb #318a179d
 def find_layers(
     model: nn.Module,
     paths: str | Iterable[str],  # dotted paths, as in `model.named_modules()`
@@ -49,39 +78,195 @@ def find_layers(
     "The named modules of `model`; a `ValueError` with the closest matches for a name it does not have."
     paths = [paths] if isinstance(paths, str) else list(paths)
     if not paths: raise ValueError("no layers given: name at least one, such as layers=['backbone.layer4']")
-    named = model.named_modules(remove_duplicate=False)
-    known = {name.replace('_orig_mod.', ''): module for name, module in named}  # torch.compile's wrapper
-    known.pop('', None)
-    for name in paths:
-        if name not in known: raise ValueError(f'{type(model).__name__} has {unknown_name("layer", name, known)}')
-    return {name: known[name] for name in paths}
+    known = _known(model)
+    for path in paths:
+        if path not in known:
+            raise ValueError(f'{type(unwrapped(model)).__name__} has {unknown_name("layer", path, known)}')
+        _check_scripted(model, path, known)
+    return {path: known[path] for path in paths}
+
+# %% ../nbs/engine/layers.ipynb #1fcbab8c
+SIZES = (64, 96), (96, 128), (128, 192), (192, 256), (256, 384), (384, 512)  # (H, W), for networks of any size
+FIXED = 224, 256, 384, 512, 336, 448, 640, 128, 96, 64, 32  # sides, for networks of one size
+
+def first_width(
+    model: nn.Module,
+) -> int:  # input channels of its first convolution, or 3
+    "How many channels a network's images have, as far as its layers tell."
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
+
+def blank(
+    model: nn.Module,
+    size: tuple[int, int],  # (H, W)
+    like: Tensor | None = None,  # images, for channels, type and device; None: as the parameters
+) -> Tensor:  # two random images, (2, C, H, W)
+    "A small batch to probe a network with."
+    known = like if like is not None else next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
+    x = torch.randn(2, first_width(model) if like is None else like.shape[1], *size,
+                    generator=torch.Generator().manual_seed(0))
+    return x.to(known.device, known.dtype)
+
+# %% ../nbs/engine/layers.ipynb #38f6c277
+@contextlib.contextmanager
+def undisturbed(
+    model: nn.Module,
+    x: Tensor,  # has the device
+) -> Iterator[None]:
+    "Eval mode, eager code, no warnings, and the random numbers as they were; for one pass of a probe."
+    devices = [x.device] if x.device.type == 'cuda' else []
+    quiet = warnings.catch_warnings()
+    with eval_mode(model), run_eagerly(model), torch.random.fork_rng(devices), torch.inference_mode(False), quiet:
+        warnings.simplefilter('ignore')
+        with torch.autocast(x.device.type, enabled=False): yield
 
 # %% ../nbs/engine/layers.ipynb #636edbf6
+@dataclass
+class Caught:
+    "What a tap caught in one pass: the readings that its shape allows, all on the way to the network's answer."
+    shape: tuple[int, ...]  # of the layer's output
+    size: tuple[int, int] | None  # of the network's input
+    maps: dict[Layout, Tensor]  # reading -> (B, K, h, w)
+    sure: bool  # whether its one reading needs no second image
+
 def _memory(x): return x.untyped_storage().data_ptr()
 
-def _check_activation(path, output, seen):
-    if not isinstance(output, Tensor) or output.ndim != 4:
-        got = f'shape {tuple(output.shape)}' if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(f'layer {path!r} gives {got}, not a tensor (B, K, h, w): tap a layer inside or after it')
-    if path in seen:
-        raise ValueError(f'layer {path!r} ran twice in one block: either the network uses it twice, then tap one that '
-                         'runs once, or the network ran twice, then give each forward pass a block of its own')
+def _going_back(): return torch._C._current_graph_task_id() != -1  # a checkpointed part runs again
+
+def _image(args, kwargs):
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 4), None)
+
+def _ran_twice(path):
+    return ValueError(f'layer {path!r} ran twice in one block: either the network uses it twice, then tap one that '
+                      'runs once, or the network ran twice, then give each forward pass a block of its own')
+
+# %% ../nbs/engine/layers.ipynb #fc6d9211
+_kinds: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[str, int]]] = weakref.WeakKeyDictionary()
+
+def _readings(tensor, path, image, known):
+    "The readings of a layer's output, and whether the only one is certain."
+    size = None if image is None else tuple(image.shape[-2:])
+    found = layouts(tensor.shape, size, path)
+    if image is not None and len(tensor) != len(image): found = []
+    if known is not None: found = [reading for reading in found if (reading.kind, reading.prefix) == known][:1]
+    if not found: raise unreadable(tensor, path, None if image is None else len(image), size)
+    said = isinstance(path, Tap) and bool(path.layout or path.prefix is not None or path.grid)
+    return found, len(found) == 1 and (known is not None or said or found[0].kind != 'tokens')
+
+def _lay_out(tensor, readings):
+    "The maps of all readings, one behind the other, and what to hand on."
+    maps = {}
+    for reading in readings:
+        maps[reading] = to_maps(tensor, reading)
+        tensor = from_maps(maps[reading], tensor, reading)
+    return maps, tensor.clone()  # an in-place layer behind the tap changes the clone
+
+# %% ../nbs/engine/layers.ipynb #10872150
+def _shapes(model, modules, x, also=()):
+    "The shapes of some layers' outputs for a batch, and those of other modules."
+    shapes, others = {}, set()
+    def note(path: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        shapes[path] = tuple(tensor_in(output, path).shape)
+    def note_grid(module: nn.Module, inputs: tuple, output: Tensor) -> None: others.add(tuple(output.shape[-2:]))
+    handles = [m.register_forward_hook(partial(note, path), prepend=True) for path, m in modules.items()]
+    handles += [m.register_forward_hook(note_grid) for m in also]
+    try:
+        with undisturbed(model, x), torch.no_grad(): model(x)
+    finally:
+        for handle in handles: handle.remove()
+    return shapes, others
+
+def _elsewhere(model, modules, like, size):
+    "The shapes for an image of another size; None where the network takes none."
+    for other in SIZES:
+        if size is None or size[0] * other[1] == size[1] * other[0] or size[0] == other[0]: continue
+        try: return other, _shapes(model, modules, blank(model, other, like))[0]
+        except Exception: continue
+    return None
+
+# %% ../nbs/engine/layers.ipynb #a51ab83a
+def _agree(caught, path, other, shape):
+    "The readings that hold for both sizes."
+    there = {}
+    for reading in layouts(shape, other, path): there.setdefault((reading.kind, reading.prefix), []).append(reading)
+    def holds(reading: Layout) -> bool:
+        return any(strides(reading.grid, caught.size) & strides(r.grid, other)
+                   for r in there.get((reading.kind, reading.prefix), []))
+    return [reading for reading in caught.maps if holds(reading)]
+
+def _of_one_size(model, modules, like, caught):
+    "For networks of one size: the readings whose grid a convolution had too."
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    try: grids = _shapes(model, modules, blank(model, tuple(like.shape[-2:]), like), convolutions)[1]
+    except Exception: return {}
+    return {path: [r for r in c.maps if r.kind == 'tokens' and r.grid in grids] for path, c in caught.items()}
+
+# %% ../nbs/engine/layers.ipynb #9b8dc68c
+def settle(
+    model: nn.Module,
+    modules: dict[str, nn.Module],  # path -> layer
+    caught: dict[str, Caught],  # path -> readings of it that leave something open
+    like: Tensor,  # the network's input
+) -> None:
+    "Find the one reading of each layer, by a second image; a `ValueError` where that is not enough."
+    there = _elsewhere(model, modules, like, tuple(like.shape[-2:]))
+    found = _of_one_size(model, modules, like, caught) if there is None else {
+        path: _agree(c, path, there[0], there[1][path]) for path, c in caught.items() if path in there[1]}
+    for path, c in caught.items():
+        holds = found.get(path, [])
+        if len(holds) != 1: raise unreadable(torch.empty(c.shape, device='meta'), path, None, c.size)
+        _kinds.setdefault(model, {})[str(path)] = holds[0].kind, holds[0].prefix
+        c.maps, c.sure = {holds[0]: c.maps[holds[0]]}, True
 
 # %% ../nbs/engine/layers.ipynb #5c94e816
+def _keep(taps, path, module, args, kwargs, output):
+    "Catch what a layer gives, and hand on what is made of it."
+    if taps.settling or _going_back(): return output
+    if path in taps.caught: raise _ran_twice(path)
+    tensor = given = tensor_in(output, path)
+    readings, sure = _readings(tensor, path, taps.image, _kinds.get(taps.model, {}).get(path))
+    if any(isinstance(x, Tensor) and _memory(x) == _memory(tensor) for x in (*args, *kwargs.values())):
+        tensor = tensor.clone()
+    if taps.start_graph: torch.set_grad_enabled(True)
+    if taps.start_graph and not tensor.requires_grad: tensor = tensor.detach().requires_grad_()
+    maps, handed_on = _lay_out(tensor, readings)
+    taps.caught[path] = Caught(tuple(tensor.shape), None if taps.image is None else tuple(taps.image.shape[-2:]), maps, sure)
+    return with_tensor(output, given, handed_on)
+
+def _see_image(taps, whole, module, args, kwargs):
+    "Keep what the network got, or else the first of its parts that ran."
+    if taps.settling or (taps.image is not None and not whole): return
+    image = _image(args, kwargs)
+    if image is not None: taps.image = image.detach()
+
+def _around(model, paths):
+    "The modules that hold the layers, from the outermost."
+    inside = {path[:i] for path in paths for i, letter in enumerate(path) if letter == '.'}
+    known = _known(model)
+    return [known[name] for name in sorted(inside, key=len) if name in known]
+
+# %% ../nbs/engine/layers.ipynb #1f6baa62
 class Taps:
-    "Keep the activations of named layers during forward passes inside a `with` block."
+    "Keep the activations of named layers during forward passes inside a `with` block, as feature maps."
     def __init__(self,
         model: nn.Module,
-        paths: Iterable[str],  # dotted paths of the layers
+        paths: Iterable[str],  # dotted paths of the layers, or a `Tap` each
         start_graph: bool = False,  # record gradients from the first tapped layer on, even under `torch.no_grad()`
     ) -> None:
         self.modules, self.start_graph = find_layers(model, paths), start_graph
-        self.activations: dict[str, Tensor] = {}  # path -> (B, K, h, w)
+        self.model = unwrapped(model)
+        self.caught: dict[str, Caught] = {}
+        self.image: Tensor | None = None  # the network's input
+        self.settling = False
         self._handles: list = []
 
     def __enter__(self) -> Self:
         self._grad = torch.is_grad_enabled()
-        self._handles = [m.register_forward_hook(partial(self._keep, path)) for path, m in self.modules.items()]
+        self._handles = [m.register_forward_hook(partial(_keep, self, path), prepend=True, with_kwargs=True)
+                         for path, m in self.modules.items()]
+        outer = {self.model: True} | dict.fromkeys(_around(self.model, self.modules), False) | dict.fromkeys(self.modules.values(), False)
+        self._handles += [m.register_forward_pre_hook(partial(_see_image, self, whole), prepend=True, with_kwargs=True)
+                          for m, whole in outer.items()]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -89,17 +274,18 @@ class Taps:
         self._handles = []
         if self.start_graph: torch.set_grad_enabled(self._grad)
 
-    def _keep(self, path, module, inputs, output):
-        _check_activation(path, output, self.activations)
-        if any(isinstance(x, Tensor) and _memory(x) == _memory(output) for x in inputs): output = output.clone()
-        if self.start_graph: torch.set_grad_enabled(True)
-        if self.start_graph and not output.requires_grad: output = output.detach().requires_grad_()
-        self.activations[path] = output
-        return output.clone()  # an in-place layer behind the tap changes the clone
+    @property
+    def activations(self) -> dict[str, Tensor]:  # path -> (B, K, h, w)
+        "What was caught; a second image is sent through where the shape of an output has several readings."
+        unsure = {path: caught for path, caught in self.caught.items() if not caught.sure}
+        self.settling = True
+        try: unsure and settle(self.model, {p: self.modules[p] for p in unsure}, unsure, self.image)
+        finally: self.settling = False
+        return {path: next(iter(caught.maps.values())) for path, caught in self.caught.items()}
 
     def clear(self) -> None:
         "Forget the activations, ready for another forward pass."
-        self.activations = {}
+        self.caught, self.image = {}, None
 
 # %% ../nbs/engine/layers.ipynb #ff8da136
 def _size(module): return sum(p.numel() for p in module.parameters())

@@ -276,14 +276,15 @@ def test_a_loss_on_the_maps_trains_the_layers_before_the_tap():
     assert model.backbone.layer4[0].conv1.weight.grad is None
 
 
-def test_tuple_from_a_layer_is_refused():
+def test_a_tuple_of_two_from_a_layer_is_refused():
     class Two(nn.Module):
         def __init__(self): super().__init__(); self.conv = nn.Conv2d(3, n_classes, 1)
         def forward(self, x): return self.conv(x), x
     class Net(nn.Module):
         def __init__(self): super().__init__(); self.two = Two()
         def forward(self, x): return self.two(x)[0]
-    with pytest.raises(TypeError, match="layer 'two' gives tuple"): class_attention(Net().double(), *batch(), ['two'])
+    with pytest.raises(ValueError, match=r"layer 'two' gives several tensors, 0: .*: say which, as in Tap\('two', item=1\)"):
+        class_attention(Net().double(), *batch(), ['two'])
 
 
 def test_taps_restore_the_gradient_mode():

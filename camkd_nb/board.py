@@ -18,15 +18,15 @@ from .drawing import Page, class_legend, draw_panel, legend_rows, map_bar
 from .figures import layer_of_each
 from .files import whole_file
 from .layers import last_stages
-from .voc import VOID
+from .voc import VOID, background_class
 
 # %% ../nbs/engine/board.ipynb #b0c50e2a
 SIDE, GAP, TITLE, HEAD, FOOT, BAR = 1.9, .12, .34, .34, .4, .9  # inches
 
-def _board(n, aspect, masks):
+def _board(n, aspect, masks, background):
     "An empty figure with two rows of `n` axes, the axes of a colour bar, and room for the names of the masks' classes."
     width = n * (SIDE + GAP) + GAP + BAR
-    foot = FOOT + .2 * max(0, legend_rows(masks, width) - 2)
+    foot = FOOT + .2 * max(0, legend_rows(masks, width, background) - 2)
     height = 2 * (SIDE * aspect + TITLE) + HEAD + foot
     fig = Page(figsize=(width, height), dpi=96)
     def _place(left, bottom, w, h): return fig.add_axes([left / width, bottom / height, w / width, h / height])
@@ -44,7 +44,7 @@ def draw_board(
 ) -> Page:
     "Two rows of panels: what networks answer, and where they look."
     height, width = columns[0][1][0].shape[:2]
-    fig, axes, bar = _board(len(columns), height / width, masks)
+    fig, axes, bar = _board(len(columns), height / width, masks, background_class(vocab))
     for j, (heading, *panels) in enumerate(columns):
         axes[0][j].annotate(heading, (.5, 1), xycoords='axes fraction', xytext=(0, 16), textcoords='offset points',
                             ha='center', fontsize=10, weight='bold', parse_math=False)
@@ -86,7 +86,8 @@ def class_choices(
 ) -> list[tuple[str, int]]:  # label, class index
     "What a menu of classes offers for one image."
     counts = mask[mask != VOID].long().flatten().bincount(minlength=len(vocab)).tolist()
-    order = sorted(range(len(vocab)), key=lambda c: (counts[c] == 0, c == 0, -counts[c], c))
+    background = background_class(vocab)
+    order = sorted(range(len(vocab)), key=lambda c: (counts[c] == 0, c == background, -counts[c], c))
     return [(vocab[c] if counts[c] else f'{vocab[c]} ({absent})', c) for c in order]
 
 # %% ../nbs/engine/board.ipynb #b86ac16d

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .explain import explain_classes
 from .tensors import resize
-from .voc import VOID, color_mask
+from .voc import VOID, background_class, color_mask
 
 # %% ../nbs/engine/drawing.ipynb #241fa196
 def _grey(picture):
@@ -69,10 +69,12 @@ def overlay_mask(
     mask: Tensor | np.ndarray,  # class indices, integers, `VOID` where undecided, (H, W)
     *,
     opacity: float = .7,  # 0 (only the picture) to 1 (only the colours)
+    background: int | None = 0,  # the class that is left clear; None: none
 ) -> np.ndarray:  # RGB, float, (H, W, 3), 0 to 1
     "Classes in VOC colours over the grey picture, void pale, background clear."
     mask = np.asarray(mask)
-    amount = np.select([mask == 0, mask == VOID], [0., .9], opacity)[..., None]
+    clear = mask == (VOID if background is None else background)
+    amount = np.select([mask == VOID, clear], [.9, 0.], opacity)[..., None]
     return (1 - amount) * _grey(picture) + amount * color_mask(mask.astype(np.uint8)) / 255
 
 # %% ../nbs/engine/drawing.ipynb #43b1a567
@@ -112,15 +114,16 @@ def map_bar(
     bar.ax.set_yticks([0, .5, 1], ['0', 'half', 'max'], fontsize=8)
 
 # %% ../nbs/engine/drawing.ipynb #0834d5e6
-def _named(masks): return sorted({c for mask in masks for c in mask.unique().tolist()} - {0})
+def _named(masks, background): return sorted({c for mask in masks for c in mask.unique().tolist()} - {background})
 def _columns(width): return max(2, int(width))
 
 def legend_rows(
     masks: Iterable[Tensor],  # class indices, (H, W) each
     width: float,  # of the figure, inches
+    background: int | None = 0,  # the class that needs no name; None: none
 ) -> int:
     "How many rows `class_legend` takes, for whoever lays out a figure by hand."
-    return -(-len(_named(masks)) // _columns(width))
+    return -(-len(_named(masks, background)) // _columns(width))
 
 def class_legend(
     fig: Figure,
@@ -128,9 +131,9 @@ def class_legend(
     vocab: Sequence[str],  # class names, background first
 ) -> None:
     "The names of the classes in some masks, each beside its colour, below the grid."
-    present = _named(masks)
+    present = _named(masks, background_class(vocab))
     if not present: return
-    colours = overlay_mask(np.full((1, len(present), 3), .5), np.array([present], dtype=int))[0]
+    colours = overlay_mask(np.full((1, len(present), 3), .5), np.array([present], dtype=int), background=None)[0]
     legend = fig.legend([Patch(color=colour) for colour in colours], map(str, present), loc='outside lower center',
                         ncols=_columns(fig.get_figwidth()), fontsize=8, frameon=False, handlelength=1,
                         columnspacing=1.2)

@@ -28,7 +28,7 @@ from .figures import checked_input, class_iou, input_for, largest_class, predict
 from .layers import unwrapped
 from .losses import map_distance
 from .regions import REGIONS
-from .voc import VOC_CLASSES, VOID
+from .voc import VOC_CLASSES, VOID, background_class
 
 # %% ../nbs/engine/explore.ipynb #2294e7ef
 def _begin(explorer, models, x, mask, layers, vocab, pictures):
@@ -119,8 +119,8 @@ def _column(explorer, name, first):
     title = f'{short_path(path)}\n{_map_title(explorer, attention, first, inside)}'
     outline = {'predicted': inside, 'label': labelled}.get(explorer.region.value)
     above = '' if score != score else f'{explorer.vocab[c]} IoU {score:.2f}'
-    shown = overlay_mask(picture, predicted, opacity=opacity), overlay_map(picture, attention, opacity=opacity)
-    return name, (shown[0], above, None), (shown[1], title, outline)
+    shown = overlay_mask(picture, predicted, opacity=opacity, background=background_class(explorer.vocab))
+    return name, (shown, above, None), (overlay_map(picture, attention, opacity=opacity), title, outline)
 
 def _map_title(explorer, attention, first, inside):
     "The map's maximum and its distance to the first network's map, or why there is none."
@@ -144,7 +144,8 @@ def _draw(explorer):
     masks, below = [_predicted(explorer, name, i) for name in explorer.models], None
     if truth is not None:
         masks.append(truth)
-        shown = overlay_mask(picture, truth, opacity=explorer.opacity.value)
+        background = background_class(explorer.vocab)
+        shown = overlay_mask(picture, truth, opacity=explorer.opacity.value, background=background)
         below = shown, 'truth', truth == c if region == 'label' else None
     fig = draw_board([(f'image {i}', (picture, '', None), below), *columns], masks, explorer.vocab)
     if region == 'pixel': _draw_cross(fig, explorer.column.value, explorer.row.value)
@@ -185,7 +186,7 @@ def _offer_classes(explorer, change=None):
     try: labels = _predicted(explorer, first, i) if explorer.mask is None else explorer.mask[i]
     except Exception as error: return _fail(explorer, error)
     old = explorer.asked.value
-    kept = old if old is not None and (labels == old).any() else largest_class(labels)
+    kept = old if old is not None and (labels == old).any() else largest_class(labels, background_class(explorer.vocab))
     explorer.asked.unobserve(explorer.on_touch, 'value')
     absent = 'not here' if explorer.mask is not None else 'not predicted'
     explorer.asked.options = class_choices(labels, explorer.vocab, absent=absent)

@@ -16,7 +16,7 @@ from .attention import class_attention
 from .drawing import Page, class_legend, draw_grid, map_bar, maximum, overlay_map, overlay_mask
 from .layers import find_layers
 from .tensors import check_images, denormalize, eval_mode, logits_of, resize, unknown_name
-from .voc import VOC_CLASSES, VOID, check_mask
+from .voc import VOC_CLASSES, VOID, background_class, check_mask
 
 # %% ../nbs/08_figures.ipynb #b1830bf6
 def class_index(
@@ -35,14 +35,15 @@ def class_index(
 # %% ../nbs/08_figures.ipynb #6b96010a
 def largest_class(
     mask: Tensor,  # class indices and `VOID`, integers, (H, W)
-) -> int:  # 0 where there is nothing but background and void
+    background: int | None = 0,  # the class that is no object; None: all are objects
+) -> int:  # the background where there is nothing else
     "The class with the most pixels, background and void aside."
-    objects = mask[(mask != 0) & (mask != VOID)]
-    return objects.long().bincount().argmax().item() if len(objects) else 0
+    objects = mask[(mask != (VOID if background is None else background)) & (mask != VOID)]
+    return objects.long().bincount().argmax().item() if len(objects) else background or 0
 
 def _class_of_each(classes, labels, vocab):
     "One class index an image: those asked for, else the largest."
-    if classes is None: return [largest_class(label) for label in labels]
+    if classes is None: return [largest_class(label, background_class(vocab)) for label in labels]
     if hasattr(classes, 'tolist'): classes = classes.tolist()
     classes = [classes] * len(labels) if isinstance(classes, (str, int, float)) else list(classes)
     if len(classes) == len(labels): return [class_index(name, vocab) for name in classes]
@@ -182,7 +183,7 @@ def layer_of_each(
 # %% ../nbs/08_figures.ipynb #c13b331c
 def _prediction_panels(predicted, mask, pictures, asked, vocab):
     "Predictions (B, H, W) as panels."
-    shown = [overlay_mask(picture, pixels) for picture, pixels in zip(pictures, predicted)]
+    shown = [overlay_mask(*pair, background=background_class(vocab)) for pair in zip(pictures, predicted)]
     if mask is None: return [(picture, '') for picture in shown]
     scores = [class_iou(*sample) for sample in zip(predicted, mask, asked)]
     titles = [f'no {vocab[c]}' if np.isnan(score) else f'{vocab[c]} IoU {score:.2f}' for c, score in zip(asked, scores)]
@@ -212,8 +213,9 @@ def show_attention(
     layers = layers and layer_of_each(layers, models)
     predicted = predictions(models, x, vocab)
     asked = _class_of_each(classes, next(iter(predicted.values())) if mask is None else mask, vocab)
-    columns = [(('image',), [(picture, '') for picture in pictures])]
-    if mask is not None: columns.append((('truth',), [(overlay_mask(*pair), '') for pair in zip(pictures, mask)]))
+    columns, background = [(('image',), [(picture, '') for picture in pictures])], background_class(vocab)
+    if mask is not None:
+        columns.append((('truth',), [(overlay_mask(*pair, background=background), '') for pair in zip(pictures, mask)]))
     if layers: columns += _map_columns(models, x, mask, layers, asked, vocab, region, pictures)
     else: columns += [((k,), _prediction_panels(p, mask, pictures, asked, vocab)) for k, p in predicted.items()]
     regions = [None] * len(x) if mask is None else [labels == c for labels, c in zip(mask, asked)]

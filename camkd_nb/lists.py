@@ -21,7 +21,8 @@ def _decode(file):
     try: text = content.decode(encoding)
     except UnicodeDecodeError as e:
         line = content[:e.start].count(b'\n') + 1
-        raise ValueError(f'{file}, line {line}: not {encoding.upper()} text ({e.reason}). Save the file as UTF-8.') from e
+        said = f'not {encoding.upper()} text ({e.reason}). Save the file as UTF-8.'
+        raise ValueError(f'{file}, line {line}: {said}') from e
     if '\0' not in text: return text
     raise ValueError(f'{file}, line {text[:text.index(chr(0))].count(chr(10)) + 1}: not UTF-8 text but UTF-16 without '
                      'a mark, or no text at all. Save the file as UTF-8.')
@@ -43,8 +44,8 @@ def _check_id(id, where):
     "Raise a `ValueError` for an id that is no path below a folder."
     parts = id.split('/')
     if '\\' not in id and not any(part in ('', '.', '..') for part in parts) and ':' not in parts[0][:2]: return
-    raise ValueError(f"{where}: {id!r} is no id. A line holds one id, the photo's path below JPEGImages without suffix: "
-                     "for example 0001 or city/0001.")
+    raise ValueError(f"{where}: {id!r} is no id. A line holds one id, the photo's path below JPEGImages without "
+                     "suffix: for example 0001 or city/0001.")
 
 # %% ../nbs/engine/lists.ipynb #2f8c8045
 def read_ids(

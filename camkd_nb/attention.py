@@ -6,54 +6,21 @@
 __all__ = ['METHODS', 'Reading', 'no_gradients', 'ClassMaps', 'class_attention', 'normalize_maps']
 
 # %% ../nbs/05_attention.ipynb #ef5bc3bb
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial, update_wrapper
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from .explain import explain_classes
-from .layers import Taps, run_eagerly
-from .regions import Classes, Region, asked_classes, region_masks
-from .tensors import at_least_single, cell_share, eval_mode, full_precision, logits_of, resize_mask, unknown_name
-
-# %% ../nbs/05_attention.ipynb #f09c3d74
-def _first_gradient(logits, classes, region):
-    "Where a backward pass for one class an image starts, and its gradient there; `region` is bool (B, H, W)."
-    node, region = logits.grad_fn, region[:, None].to(torch.promote_types(logits.dtype, torch.float32))
-    start, shape = logits, logits.shape
-    if node.name() == 'UpsampleBilinear2DBackward0':
-        start, shape = GradientEdge(*node.next_functions[0]), node._saved_self_sym_sizes
-        region = torch.ops.aten.upsample_bilinear2d_backward(
-            region, node._saved_output_size, [shape[0], 1, *shape[2:]],
-            node._saved_align_corners, node._saved_scales_h, node._saved_scales_w)
-    index = classes.clamp(min=0)[:, None, None, None].expand_as(region)
-    return start, logits.new_zeros(shape).scatter_(1, index, region.to(logits.dtype))
-
-# %% ../nbs/05_attention.ipynb #22ca053e
-def score_gradients(
-    logits: Tensor,  # (B, C, H, W), from a forward pass in eval mode with `Taps(..., start_graph=True)`
-    activations: dict[str, Tensor],  # path -> (B, K, h, w), of that pass
-    classes: Tensor,  # int64, (B, k), -1 for none
-    regions: Tensor,  # bool, (B, k, H, W)
-    *,
-    second_order: bool = False,  # let the gradients themselves be differentiated
-    keep_graph: bool = False,  # for activations that will be differentiated through later
-) -> Iterator[dict[str, Tensor]]:  # k times: path -> (B, K, h, w), single precision or better
-    "Gradients of each image's class scores with respect to the activations: one backward pass a column of `classes`."
-    if logits.grad_fn is None:
-        raise ValueError(f'the logits record no gradient behind {" and ".join(map(repr, activations))}: '
-                         'tap layers on the way to them, in a network that does not detach them')
-    for j in range(k := classes.shape[1]):
-        start, first = _first_gradient(logits, classes[:, j], regions[:, j])
-        gradients = torch.autograd.grad(start, list(activations.values()), first, create_graph=second_order,
-                                        retain_graph=keep_graph or second_order or j + 1 < k, allow_unused=True)
-        named = dict(zip(activations, gradients))
-        for name, gradient in named.items():
-            if gradient is None: raise ValueError(f'layer {name!r} has no part in the logits: tap one on the way there')
-        yield {name: at_least_single(gradient) for name, gradient in named.items()}
+from .gradients import scaled_gradients, score_gradients
+from .layers import Taps, last_stages, run_eagerly
+from .regions import Classes, Region, asked_classes, at_least_one, check_labels, region_masks
+from .second_order import check_second_order, twice_differentiable, without_checkpoints
+from .tensors import Read, at_least_single, cell_share, eval_mode, full_precision, logits_of, unknown_name
 
 # %% ../nbs/05_attention.ipynb #36ab746e
 @dataclass
@@ -67,17 +34,22 @@ class Reading:
     second_order: bool = False  # whether the gradients can be differentiated
     keep_graph: bool = False  # whether somebody will differentiate through the maps
 
+    def scaled_gradients(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:  # path -> (B, K, h, w); (B, 1, 1, 1)
+        "The gradients times a power of two, and that power, for what is linear in them: divide the result."
+        return scaled_gradients(self.logits, self.recorded, self.classes, self.regions,
+                                second_order=self.second_order, keep_graph=self.keep_graph)
+
     def gradients(self) -> Iterator[dict[str, Tensor]]:  # k times: path -> (B, K, h, w)
         "The gradients of the class scores with respect to `recorded`: one backward pass a class."
-        return score_gradients(self.logits, self.recorded, self.classes, self.regions,
-                               second_order=self.second_order, keep_graph=self.keep_graph)
+        return score_gradients(self.scaled_gradients())
 
 # %% ../nbs/05_attention.ipynb #8aefefae
 def class_weights(
     reading: Reading,
 ) -> dict[str, Tensor]:  # path -> (B, k, K), single precision or better
     "The Grad-CAM weights (equation 1): gradients of each image's class scores, averaged over positions."
-    parts = [{path: g.mean((2, 3)) for path, g in gradients.items()} for gradients in reading.gradients()]
+    parts = [{path: g.mean((2, 3)) / scale[..., 0, 0] for path, g in gradients.items()}
+             for gradients, scale in reading.scaled_gradients()]
     return {path: torch.stack([part[path] for part in parts], 1) for path in reading.recorded}
 
 # %% ../nbs/05_attention.ipynb #21a9744c
@@ -97,13 +69,16 @@ def gradcam(reading: Reading) -> dict[str, Tensor]:  # path -> signed maps, (B, 
 
 def hirescam(reading: Reading) -> dict[str, Tensor]:  # path -> signed maps, (B, k, h, w)
     "Gradient times activation, position by position (Draelos and Carin 2020)."
-    parts = [{path: (g * at_least_single(reading.activations[path])).sum(1) for path, g in gradients.items()}
-             for gradients in reading.gradients()]
+    parts = [{path: (g * at_least_single(reading.activations[path])).sum(1) / scale[:, 0]
+              for path, g in gradients.items()} for gradients, scale in reading.scaled_gradients()]
     return {path: torch.stack([part[path] for part in parts], 1) for path in reading.activations}
 
 # %% ../nbs/05_attention.ipynb #28312dba
 def no_gradients(method: Callable) -> Callable:
     "Mark a map method that asks for no gradients, so that no graph is recorded for it."
+    if not callable(method): raise TypeError(f'method {method!r}: give a function from a `Reading` to maps')
+    if not hasattr(method, '__dict__') or hasattr(method, '__self__'):  # bound methods hold no marks
+        method = update_wrapper(partial(method), method)
     setattr(method, 'needs_gradients', False)
     return method
 
@@ -138,14 +113,34 @@ def map_method(
 ) -> MapMethod:
     "The function that makes the maps."
     if callable(method): return method
-    if method not in METHODS: raise unknown_name('method', method, METHODS)
+    if not isinstance(method, str) or method not in METHODS: raise unknown_name('method', method, METHODS)
     return METHODS[method]
 
 def needs_gradients(
     method: MapMethod,
 ) -> bool:  # True unless the method is marked with `no_gradients`
     "Whether a graph must be recorded for a method."
-    return getattr(method, 'needs_gradients', True)
+    inner = getattr(method, 'func', method) if isinstance(method, partial) else method
+    return getattr(method, 'needs_gradients', inner is method or needs_gradients(inner))
+
+# %% ../nbs/05_attention.ipynb #04136e17
+def described_method(
+    method: MapMethod,
+) -> str:
+    "A method's name, for a message."
+    return getattr(method, '__name__', type(method).__name__)
+
+def _checked_maps(maps, reading, method):
+    "The maps that a method made of each layer, or an error that says what it returned instead."
+    name, (b, k) = described_method(method), reading.classes.shape
+    if not isinstance(maps, Mapping):
+        raise TypeError(f'method {name} returned a {type(maps).__name__}: return a dict of maps (B, k, h, w) by layer')
+    for path in reading.activations:
+        one = maps.get(path)
+        if isinstance(one, Tensor) and one.ndim == 4 and len(one) == b and one.shape[1] in (1, k): continue
+        got = f'shape {tuple(one.shape)}' if isinstance(one, Tensor) else 'no maps' if one is None else repr(one)
+        raise ValueError(f'method {name} returned {got} for layer {path!r}: return maps of each layer, ({b}, {k}, h, w)')
+    return {path: maps[path] for path in reading.activations}
 
 # %% ../nbs/05_attention.ipynb #2d31580e
 def class_maps(
@@ -158,39 +153,74 @@ def class_maps(
     if not reading.classes.shape[1]:
         return {path: at_least_single(a.new_zeros((len(a), 0, *a.shape[2:])))
                 for path, a in reading.activations.items()}
-    maps, asked = map_method(method)(reading), (reading.classes >= 0)[..., None, None]
+    make, asked = map_method(method), (reading.classes >= 0)[..., None, None]
+    maps = _checked_maps(make(reading), reading, make)
     return {path: (one if signed else one.relu()) * asked for path, one in maps.items()}
 
 # %% ../nbs/05_attention.ipynb #78d7cc2c
 def _trains(model, x):
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))
 
+@contextmanager
+def _reading_mode(model, second_order):
+    "Inside the block a network runs as it is read: in eval mode, eagerly, and without checkpoints."
+    with ExitStack() as stack:
+        for mode in (eval_mode(model), run_eagerly(model), without_checkpoints()): stack.enter_context(mode)
+        if second_order: stack.enter_context(twice_differentiable())
+        yield
+
 def map_forward(
     model: nn.Module,  # a segmentation network
     x: Tensor,  # images, (B, 3, H, W)
-    paths: Iterable[str],  # dotted paths of the layers
+    paths: str | Iterable[str],  # dotted paths of the layers
     *,
+    output: Read = None,  # finds the logits in what the network returns; None: as usual
     start_graph: bool = True,  # record a graph from the first tapped layer on, for the methods that need gradients
+    second_order: bool = False,  # the gradients will be differentiated: see to it that they can be
 ) -> tuple[Tensor, dict[str, Tensor]]:  # logits (B, C, H, W), and path -> activation (B, K, h, w)
     "A forward pass in eval mode that records a graph from the first tapped layer on, and no earlier."
     taps = Taps(model, paths, start_graph)
-    with eval_mode(model), run_eagerly(model), torch.set_grad_enabled(_trains(model, x)), taps:
-        logits = logits_of(model(x))
-    missing = [path for path in taps.modules if path not in taps.activations]
-    if missing: raise ValueError(f'layer {missing[0]!r} did not run in the forward pass: tap one that does')
+    with _reading_mode(model, second_order):
+        with torch.set_grad_enabled(_trains(model, x)), taps: logits = logits_of(model(x), output)
+        missing = [path for path in taps.modules if path not in taps.activations]
+        if missing: raise ValueError(f'layer {missing[0]!r} did not run in the forward pass: tap one that does')
+        if second_order: check_second_order(model, x, logits, taps.activations)
     return logits, taps.activations
 
 # %% ../nbs/05_attention.ipynb #d29f6e1e
-def _check_batch(x, mask):
+def _check_batch(model, x, mask):
+    if not isinstance(model, nn.Module): raise TypeError(f'model is a {type(model).__name__}: give a torch.nn.Module')
     for name, value in dict(x=x, mask=mask).items():
-        if not isinstance(value, (Tensor, type(None))):
+        if not isinstance(value, Tensor) and not (name == 'mask' and value is None):
             raise TypeError(f'{name} is a {type(value).__name__}: give a tensor')
-    if x.ndim != 4: raise ValueError(f'images of shape {tuple(x.shape)}: give a batch (B, 3, H, W)')
+    if x.ndim != 4 or not len(x): raise ValueError(f'images of shape {tuple(x.shape)}: give a batch (B, 3, H, W)')
     if mask is None: return
     if mask.ndim != 3 or len(mask) != len(x):
         raise ValueError(f'mask of shape {tuple(mask.shape)} does not fit images of shape {tuple(x.shape)}: '
                          'give (B, H, W)')
-    if mask.is_floating_point(): raise TypeError(f'mask holds {mask.dtype}: give class indices, int64')
+    if mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.bool:
+        raise TypeError(f'mask holds {mask.dtype}: give class indices, int64')
+
+def _labels_for(logits, mask):
+    "The mask beside the logits, checked."
+    if mask is None: return None
+    mask = mask.as_subclass(Tensor).to(logits.device)
+    check_labels(mask, logits.shape[1])
+    return mask
+
+def _named_layers(model, layers):
+    "The paths of the layers to read."
+    if layers is None: return last_stages(model)
+    if isinstance(layers, Iterable) and not isinstance(layers, Mapping): return layers
+    raise TypeError(f'layers={layers!r}: give dotted paths, such as ["backbone.layer4"], or None for the last stage')
+
+def _check_finite(maps, method, logits):
+    "A method of somebody's own may divide by zero."
+    for path, one in maps.items():
+        if one.isfinite().all() or not logits.isfinite().all(): continue
+        i = int((~one.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f'method {described_method(method)} returned a map that is not finite, '
+                         f'of layer {path!r} and image {i}: mind divisions by zero')
 
 # %% ../nbs/05_attention.ipynb #f6b9d320
 @dataclass
@@ -205,7 +235,7 @@ def class_attention(
     model: nn.Module,  # a segmentation network, left as it was found
     x: Tensor,  # images, (B, 3, H, W), normalised as the network wants them
     mask: Tensor | None = None,  # class indices and `VOID`, (B, H, W); None: none known
-    layers: str | Iterable[str] = (),  # dotted paths of the layers to read
+    layers: str | Iterable[str] | None = None,  # dotted paths of the layers to read; None: the last stage
     *,
     method: str | MapMethod = 'gradcam',  # a name in `METHODS`, or a function from a `Reading` to maps
     region: Region = 'label',  # the pixels whose logits make the score: one of `REGIONS`, or bool, (B, H, W)
@@ -214,19 +244,21 @@ def class_attention(
     pick: str = 'largest',  # 'largest' or 'random', when there are more
     signed: bool = False,  # keep what speaks against a class too, as negative values
     second_order: bool = False,  # differentiate the weights too
+    output: Read = None,  # finds the logits in what the network returns, such as `lambda output: output[0]`
 ) -> ClassMaps:
     "Class attention maps of named layers, in the manner of Grad-CAM (Selvaraju et al. 2017, equations 1 and 2)."
-    _check_batch(x, mask)
-    make, attached = map_method(method), _trains(model, x)
+    _check_batch(model, x, mask), at_least_one('max_classes', max_classes)
+    make, attached, paths = map_method(method), _trains(model, x), _named_layers(model, layers)
     with torch.inference_mode(False), torch.set_grad_enabled(attached):
-        x = x.clone() if x.is_inference() else x.as_subclass(Tensor)
-        logits, recorded = map_forward(model, x, layers, start_graph=needs_gradients(make))
-        z = logits.detach()
-        if mask is not None: mask = resize_mask(mask.as_subclass(Tensor).to(z.device), z.shape[-2:])
+        x, graph = x.clone() if x.is_inference() else x.as_subclass(Tensor), needs_gradients(make)
+        logits, recorded = map_forward(model, x, paths, output=output, start_graph=graph,
+                                       second_order=second_order and attached and graph)
+        mask = _labels_for(z := logits.detach(), mask)
         asked = asked_classes(classes, mask, z, max_classes=max_classes, pick=pick)
         regions = region_masks(asked, z, mask, region)
         kept = recorded if attached else {path: a.detach() for path, a in recorded.items()}
         maps = class_maps(Reading(logits, recorded, kept, asked, regions, second_order, attached), make, signed=signed)
+    if make not in METHODS.values(): _check_finite(maps, make, z)
     return ClassMaps(maps, asked, z)
 
 # %% ../nbs/05_attention.ipynb #59f8f081

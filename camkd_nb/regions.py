@@ -128,14 +128,6 @@ def region_masks(
     if mask is not None: inside = inside & (resize_mask(mask, size) != VOID)[:, None]
     return inside if region == 'all' else inside & (logits.argmax(1)[:, None] == asked)
 
-# %% ../nbs/engine/regions.ipynb #38d6046a
-def without_empty_columns(
-    classes: Tensor,  # int64, (B, k), -1 for none
-) -> Tensor:  # int64, (B, k'): columns at the end that ask no image are left out
-    "As many columns as are needed; the host waits for the device to know."
-    asked = (classes >= 0).any(0).nonzero()
-    return classes[:, :int(asked.max()) + 1 if len(asked) else 0]
-
 # %% ../nbs/engine/regions.ipynb #a134311a
 Classes: TypeAlias = Iterable[int] | Tensor | None  # None: those present; a list: for all images; (B, k): for each
 

@@ -23,6 +23,7 @@ from . import download as _download
 from . import evaluate as _evaluate
 from . import explore as _explore
 from . import figures as _figures
+from . import gather as _gather
 from . import layers as _layers
 from . import layouts as _layouts
 from . import losses as _losses
@@ -47,6 +48,7 @@ from .download import *
 from .evaluate import *
 from .explore import *
 from .figures import *
+from .gather import *
 from .layers import *
 from .layouts import *
 from .losses import *
@@ -65,6 +67,7 @@ from .voc import *
 __all__: list[str] = []
 __all__ += _voc.__all__
 __all__ += _check.__all__
+__all__ += _gather.__all__
 __all__ += _download.__all__
 __all__ += _toyvoc.__all__
 __all__ += _data.__all__

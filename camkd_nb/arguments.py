@@ -6,16 +6,16 @@
 __all__ = []
 
 # %% ../nbs/engine/arguments.ipynb #cbc4ce13
-import argparse, io, math, sys, tempfile
+import argparse, io, math, tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from PIL import Image as PILImage
 from torch import nn
 
+from .explain import Parser
 from .layers import match_layers
 from .losses import ClassAttention
 from .models import build_model
@@ -62,22 +62,13 @@ def _add_training(add):
     add('--save', metavar='FOLDER', help='folder for the trained students (default: they are not kept)')
 
 # %% ../nbs/engine/arguments.ipynb #8d97d62f
-class _Help(argparse.HelpFormatter):
-    def _get_help_string(self, action):
-        "The default, where there is one that the text does not name."
-        said = action.default in (None, argparse.SUPPRESS) or '(default' in action.help
-        return action.help if said else f'{action.help} (default: %(default)s)'
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn: self.exit(2, f'{self.prog}: {message}\n')  # without the usage
-
 def parser() -> argparse.ArgumentParser:
     "What `camkd-demo` understands."
-    parser = _Parser(
-        prog='camkd-demo', formatter_class=_Help,
-        description='Train one student twice from the same start, without and with class attention distillation. '
-                    'Prints mIoU in points, the mean over classes of intersection over union, at the full size of the '
-                    'validation images.')
+    parser = Parser(
+        'camkd-demo',
+        'Train one student twice from the same start, without and with class attention distillation. '
+        'Prints mIoU in points, the mean over classes of intersection over union, at the full size of the '
+        'validation images.')
     _add_networks(parser.add_argument)
     _add_training(parser.add_argument)
     return parser

@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../nbs/engine/explain.ipynb #44b2be25
-import dataclasses, linecache, re, sys
+import argparse, dataclasses, linecache, re, sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 # %% ../nbs/engine/explain.ipynb #121fda10
 _PARAMETER = re.compile(r'\s+(\*{0,2}\w+)\s*[:=,].*?  # (.*)')  # a name with its hint or default, and a comment
@@ -38,3 +39,23 @@ def explain_classes(
         if '__init__' not in vars(cls) or vars(cls)['__init__'].__doc__: continue
         text = _explanation(cls)
         if text: vars(cls)['__init__'].__doc__ = text
+
+# %% ../nbs/engine/explain.ipynb #ae8ddbce
+class _Help(argparse.HelpFormatter):
+    def _get_help_string(self, action):
+        "The default, where there is one that the text does not name."
+        said = action.default in (None, False, argparse.SUPPRESS) or '(default' in action.help
+        return action.help if said else f'{action.help} (default: %(default)s)'
+
+class Parser(argparse.ArgumentParser):
+    "What a command understands."
+    def __init__(self,
+        prog: str,  # the command's name
+        description: str,  # what it does
+    ) -> None: super().__init__(prog=prog, description=description, formatter_class=_Help)
+
+    def error(self,
+        message: str,
+    ) -> NoReturn:
+        "Say one line, and leave."
+        self.exit(2, f'{self.prog}: {" ".join(message.split())}\n')

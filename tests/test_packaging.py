@@ -176,7 +176,7 @@ with multiprocessing.get_context('fork').Pool(1, maxtasksperchild=1) as pool:
 
 
 public_names = '''
-    toy_voc voc_dls VOC_CLASSES VOID read_mask voc_check voc_download
+    toy_voc voc_dls VOC_CLASSES VOID read_mask voc_check voc_download voc_gather
     SegLoss MeanIoU PixelAccuracy evaluate predict
     deeplabv3 pspnet build_model toy_teacher toy_student voc_teacher cost_table
     class_attention ClassMaps show_attention AttentionExplorer

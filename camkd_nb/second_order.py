@@ -72,6 +72,7 @@ def _tensors(value):
     return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
 
 # %% ../nbs/engine/second_order.ipynb #0a25e2e8
+@torch.enable_grad()
 def _failure(outputs, inputs):
     "What goes wrong when the gradients of outputs are differentiated again; None when nothing does."
     outputs = [t for t in outputs if t.requires_grad]

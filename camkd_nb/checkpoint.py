@@ -6,7 +6,7 @@
 __all__ = ['Checkpoint']
 
 # %% ../nbs/engine/checkpoint.ipynb #489834c3
-import pickle, random
+import inspect, random, re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,15 @@ from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import L
+from torch import Tensor
 
 from .explain import explain_classes
 from .files import fingerprint, whole_file
 from .groups import Attached, fitting
+from .identity import first_difference, identity
 from .layers import unwrapped
 from .terms import describe
+from .weights import read_tensors, save_tensors
 
 # %% ../nbs/engine/checkpoint.ipynb #65179026
 _TRACKED = {'best', 'wait', 'lrs', 'iters', 'losses', 'values'}
@@ -40,18 +43,18 @@ def _terms(learn): return _distill(learn).terms if _distill(learn) else {}
 def _optimiser(learn): return getattr(_distill(learn), 'own_group', None) or learn.opt  # with the terms' parameters
 def _loaders(learn): return [getattr(dl, 'dl', dl) for dl in learn.dls.loaders]  # wrapped in several processes
 
-def _named_callbacks(learn):
-    "Callbacks by class; a second one of a class is called `Name 2`, in the order in which they were added."
+def _named(things):
+    "By class; a second one of a class is called `Name 2`, in the order in which they were added."
     seen, named = Counter(), {}
-    for cb in learn.cbs:
-        seen[type(cb).__name__] += 1
-        named[type(cb).__name__ + (f' {n}' if (n := seen[type(cb).__name__]) > 1 else '')] = cb
+    for thing in things:
+        seen[type(thing).__name__] += 1
+        named[type(thing).__name__ + (f' {n}' if (n := seen[type(thing).__name__]) > 1 else '')] = thing
     return named
 
 def _callbacks_state(learn):
     "The best values of trackers, the recorder's lines, the running means, the terms."
     kept = {name: _plain({k: v for k, v in vars(cb).items() if k in _TRACKED})
-            for name, cb in _named_callbacks(learn).items()}
+            for name, cb in _named(learn.cbs).items()}
     kept['meters'] = {name: [meter.count, float(meter.val)] for name, meter in _meters(learn).items()}
     kept['terms'] = {name: dict(term.state_dict()) for name, term in _terms(learn).items()}
     return kept
@@ -84,39 +87,109 @@ def _schedules(learn):
             found[name] = [[round(float(v), 9) for v in np.atleast_1d(schedule(p))] for p in (0., .25, .5, .75, 1.)]
     return found
 
-def _shapes(model): return fingerprint([(name, tuple(t.shape)) for name, t in unwrapped(model).state_dict().items()])
-
 def _weights(model):
     tensors = [t.cpu().reshape(-1).view(torch.uint8) for t in model.state_dict().values()]
     return fingerprint(*[t.numpy().tobytes() for t in tensors])
 
+def _network(model):
+    "Its class, layers and shapes."
+    shapes = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
+    layers = re.sub(r' at 0x\w+', '', repr(model))
+    return f'{type(model).__name__} {fingerprint(layers, shapes)}'
+
+def _trained(learn, scheduled):
+    "Which parameters are trained: in groups, with the settings that no schedule changes."
+    frozen = [name for name, p in unwrapped(learn.model).named_parameters() if not p.requires_grad]
+    fixed = [{k: v for k, v in hypers.items() if isinstance(v, (int, float)) and k not in scheduled}
+             for hypers in learn.opt.hypers]
+    groups = enumerate(zip(learn.opt.param_lists, fixed))
+    return {'frozen parameters': f'{len(frozen)} {fingerprint(frozen)}' if frozen else 0,
+            **{f'group {i}': {'tensors': len(group), **settings} for i, (group, settings) in groups}}
+
+# %% ../nbs/engine/checkpoint.ipynb #cd0c70a8
+def _file(path):
+    "Name, size and beginning of a file; all of a large data set would take minutes."
+    if not path.is_file(): return path.name
+    with open(path, 'rb') as opened: return path.name, path.stat().st_size, opened.read(2**16)
+
+def _item(item):
+    if isinstance(item, (tuple, list, L)): return [_item(one) for one in item]
+    return _file(item) if isinstance(item, Path) else identity(item)
+
+def _items(dl):
+    items = getattr(dl, 'items', None)
+    if items is None: items = dl.dataset if isinstance(dl.dataset, (list, tuple)) else []
+    return f'{len(dl.dataset)} items, {fingerprint([_item(one) for one in items])}'
+
+# %% ../nbs/engine/checkpoint.ipynb #4e1d958c
+def _transforms(dl):
+    "The transforms of a loader, by class."
+    steps = ('after_item', 'before_batch', 'after_batch')
+    pipelines = [*(tl.tfms for tl in getattr(dl.dataset, 'tls', [])), *(getattr(dl, step, None) for step in steps)]
+    found = [t for pipeline in pipelines for t in getattr(pipeline, 'fs', [])]
+    others = [getattr(dl.dataset, name, None) for name in ('transform', 'target_transform', 'transforms')]
+    return {name: identity(t) for name, t in _named([*found, *(t for t in others if t is not None)]).items()}
+
 def _data(learn):
-    "How many items and batches there are, and which."
-    train = _loaders(learn)[0]
-    items = [str(getattr(item, 'name', item)) for item in list(getattr(train, 'items', []))]
-    return f"{len(getattr(train, 'dataset', []))} items in {len(train)} batches, {fingerprint(items)}"
+    train, *valid = _loaders(learn)
+    sizes = {'batch size': getattr(train, 'bs', None) or getattr(train, 'batch_size', None), 'batches': len(train)}
+    return {'training': _items(train), **sizes, 'seed': getattr(train, 'seed', None),
+            'transforms': _transforms(train), 'validation': [_items(dl) for dl in valid]}
+
+# %% ../nbs/engine/checkpoint.ipynb #9c841d98
+def _term(term):
+    options = {name: identity(value) for name, value in term.options().items() if name not in ('weight', 'layers')}
+    function = identity(term.relative or term.weight)
+    return {**describe(term), **options, 'class': identity(type(term)), 'function of the weight': function}
+
+_HARMLESS = {'fname', 'every_epoch', 'at_end', 'with_opt'}
+_TRAINING = {'fastai.callback.fp16', 'fastai.callback.mixup', 'fastai.callback.training', 'fastai.callback.data',
+             'fastai.callback.tracker', 'fastai.callback.rnn', 'fastai.vision.augment'}
+
+def _made_with(cb):
+    names = set().union(*[inspect.signature(c).parameters for c in type(cb).__mro__[:-1]]) - _HARMLESS
+    return {name: identity(value) for name, value in sorted(vars(cb).items()) if name in names}
+
+def _others(learn):
+    "The settings of fastai's callbacks, and of what is derived from them."
+    kinds = lambda cb: {c.__module__ for c in type(cb).__mro__}
+    return {name: _made_with(cb) for name, cb in _named(learn.cbs).items() if _TRAINING & kinds(cb)}
 
 # %% ../nbs/engine/checkpoint.ipynb #3d9c7051
-def _name(thing):
-    thing = getattr(thing, 'func', thing)  # of a partial
-    return getattr(thing, '__name__', type(thing).__name__)
-
 def _settings(learn):
     "What makes this fit another one than others, by names that can be read."
-    groups = [{k: v for k, v in h.items() if isinstance(v, (int, float, bool))} for h in learn.opt.hypers]
-    teacher = getattr(_distill(learn), 'teacher', None)
+    teacher, schedules = getattr(_distill(learn), 'teacher', None), _schedules(learn)
     return _plain({
-        'epochs': learn.n_epoch, 'network': f'{type(unwrapped(learn.model)).__name__} {_shapes(learn.model)}',
-        'loss function': _name(learn.loss_func),
-        'optimiser': f'{_name(learn.opt_func)}, {_name(getattr(learn.opt, "opt", learn.opt))}', 'its settings': groups,
-        'schedule': _schedules(learn), 'data': _data(learn), 'terms': [describe(t) for t in _terms(learn).values()],
-        'teacher': None if teacher is None else _weights(teacher)})
+        'epochs': learn.n_epoch, 'network': _network(unwrapped(learn.model)),
+        'loss function': identity(learn.loss_func), 'optimiser': identity(learn.opt_func), 'schedule': schedules,
+        **_trained(learn, schedules), 'data': _data(learn),
+        'terms': {name: _term(term) for name, term in _terms(learn).items()}, 'callbacks': _others(learn),
+        'teacher': None if teacher is None else f'{type(teacher).__name__} {_weights(teacher)}'})
+
+def _shared_trackers(one, other):
+    "The first settings without those of trackers that the second ones lack."
+    kept = {k: v for k, v in one['callbacks'].items() if 'monitor' not in v or k in other['callbacks']}
+    return {**one, 'callbacks': kept}
 
 def _check_settings(file, kept, now):
-    for name in now:
-        if kept.get(name) == now[name]: continue
-        raise ValueError(f'{file} is the checkpoint of a fit with other settings, {name}: {kept.get(name)} where this '
-                         f'fit has {now[name]}. Fit with the same settings, give another file, or remove this one')
+    found = first_difference(_shared_trackers(kept, now), _shared_trackers(now, kept))
+    if found is None: return
+    where, before, here = found
+    raise ValueError(f'{file} is the checkpoint of a fit with other settings, {where}: {before} where this fit has '
+                     f'{here}. Fit with the same settings, give another file, or remove this one')
+
+# %% ../nbs/engine/checkpoint.ipynb #736c1578
+def _shapes(state): return {k: tuple(v.shape) if isinstance(v, Tensor) else None for k, v in state.items()}
+
+def _check_shapes(file, learn, state):
+    "Raise where a checkpoint does not fit the network or a term, which hold what settings do not tell."
+    kept = {'network': state['model'], **{f'term {name}': own for name, own in state['callbacks']['terms'].items()}}
+    now = {'network': unwrapped(learn.model), **{f'term {name}': term for name, term in _terms(learn).items()}}
+    for name, module in now.items():
+        found = first_difference(_shapes(kept.get(name, {})), _shapes(module.state_dict()))
+        if found is None: continue
+        raise ValueError(f'{file} does not fit the {name}, {found[0]}: {found[1]} where this fit has {found[2]}. '
+                         'Give another file, or remove this one')
 
 # %% ../nbs/engine/checkpoint.ipynb #036e9172
 def _restore(learn, state):
@@ -124,7 +197,7 @@ def _restore(learn, state):
     unwrapped(learn.model).load_state_dict(state['model'])
     _optimiser(learn).load_state_dict({**opt, 'hypers': L(opt['hypers'])} if 'hypers' in opt else opt)
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
-    for name, cb in _named_callbacks(learn).items(): vars(cb).update(kept.get(name, {}))
+    for name, cb in _named(learn.cbs).items(): vars(cb).update(kept.get(name, {}))
     for name, meter in _meters(learn).items():
         meter.count, meter.val = kept['meters'][name][0], torch.tensor(kept['meters'][name][1])
     for name, term in _terms(learn).items(): term.load_state_dict(kept['terms'][name])
@@ -143,9 +216,8 @@ def _epochs_from(checkpoint):
 
 def _read(file, device):
     "What a checkpoint holds; a `ValueError` for a file that is none."
-    try: state = torch.load(file, map_location=device, weights_only=True)
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f'{file} is damaged or no checkpoint: remove it, and the fit begins anew') from error
+    try: state = read_tensors(file, device=device)
+    except ValueError as error: raise ValueError(f'{error}: remove it, and the fit begins anew') from None
     if isinstance(state, dict) and {'epoch', 'settings', 'model', 'opt', 'callbacks'} <= set(state): return state
     raise ValueError(f'{file} is no checkpoint of a fit: remove it, or give another file')
 
@@ -157,6 +229,7 @@ def _resume(checkpoint, learn):
     if not checkpoint.where.exists(): return 0
     state = _read(checkpoint.where, next(learn.model.parameters()).device)
     _check_settings(checkpoint.where, state['settings'], checkpoint.settings)
+    _check_shapes(checkpoint.where, learn, state)
     _restore(learn, state)
     if learn.logger is not noop: print(f'going on after epoch {state["epoch"]} of {checkpoint.file.name}')
     return state['epoch'] + 1
@@ -182,7 +255,7 @@ class Checkpoint(Attached):
     def after_epoch(self) -> None:
         "Keep all that the fit needs."
         if rank_distrib(): return
-        with whole_file(self.where, sync=True) as draft: torch.save(_fit_state(self.learn, self.settings), draft)
+        with whole_file(self.where, sync=True) as draft: save_tensors(_fit_state(self.learn, self.settings), draft)
 
     def after_fit(self) -> None:
         "The fit is over: nothing to go on with."

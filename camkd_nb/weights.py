@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/engine/weights.ipynb #01f20d02
-import errno, hashlib, zipfile
+import errno, hashlib, os, re, zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,61 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 # %% ../nbs/engine/weights.ipynb #fbc5a296
+_MAGIC = b'sha256 '
+
+def _digest(file, n):
+    "The SHA-256 of a file's first `n` bytes."
+    digest = hashlib.sha256()
+    with open(file, 'rb') as opened:
+        while part := opened.read(min(n - opened.tell(), 2**20)): digest.update(part)
+    return digest.hexdigest().encode()
+
+def save_tensors(
+    value: Any,  # tensors, numbers and texts, and what holds them
+    file: str | Path,
+) -> None:
+    "Write what `read_tensors` reads, with a checksum of every byte as the comment of the archive."
+    torch.save(value, file)
+    with open(file, 'rb+') as opened:
+        opened.seek(-2, os.SEEK_END)  # where an archive says how long its comment is
+        opened.write((len(_MAGIC) + 64).to_bytes(2, 'little') + _MAGIC)
+    digest = _digest(file, os.path.getsize(file))
+    with open(file, 'ab') as opened: opened.write(digest)
+
+# %% ../nbs/engine/weights.ipynb #26e0d52d
+def _has_seal(file, size):
+    "Whether a file ends as `save_tensors` ends it; a `ValueError` where that end is damaged."
+    with open(file, 'rb') as opened:
+        opened.seek(max(0, size - 71))
+        end = opened.read()
+    if not (_MAGIC in end or re.search(b'[0-9a-f]{64}$', end)): return False
+    if _digest(file, size - 64) == end[-64:]: return True
+    raise ValueError('another checksum')
+
 def _verify(file):
     "Raise where bytes of a file are not those that were written; PyTorch writes checksums and does not read them."
-    if not zipfile.is_zipfile(file): return
+    if _has_seal(file, os.path.getsize(file)) or not zipfile.is_zipfile(file): return
     with zipfile.ZipFile(file) as parts:
-        if any(part.CRC for part in parts.infolist()) and parts.testzip(): raise ValueError('another checksum')
+        if parts.comment or any(part.CRC for part in parts.infolist()) and parts.testzip():
+            raise ValueError('another checksum')
 
+# %% ../nbs/engine/weights.ipynb #585b9ef4
 def read_tensors(
     file: str | Path,  # what `torch.save` wrote
     *,
+    device: str | torch.device = 'cpu',  # where the tensors go
     mmap: bool = False,  # read from the disk what is used, when it is used, and verify nothing
-) -> Any:  # on the CPU
+) -> Any:
     "Tensors, numbers and texts, and what holds them; a `ValueError` for a file that is damaged or holds other things."
     try:
         if not mmap: _verify(file)
-        return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
+        return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
     except MemoryError: raise
     except Exception as e:  # a damaged pickle may raise anything, and a cut file a search before its beginning
         if isinstance(e, OSError) and e.errno != errno.EINVAL: raise
         raise ValueError(f'{file} is damaged, or holds other things than tensors ({type(e).__name__})') from None
 
+# %% ../nbs/engine/weights.ipynb #d726e40b
 def read_state(
     file: str | Path,  # a state dict that `torch.save` wrote
 ) -> dict[str, Tensor]:  # on the CPU

@@ -31,6 +31,7 @@ from . import metrics as _metrics
 from . import models as _models
 from . import pool as _pool
 from . import rivals as _rivals
+from . import stages as _stages
 from . import study as _study
 from . import tensors as _tensors
 from . import terms as _terms
@@ -56,6 +57,7 @@ from .metrics import *
 from .models import *
 from .pool import *
 from .rivals import *
+from .stages import *
 from .study import *
 from .tensors import *
 from .terms import *
@@ -74,6 +76,7 @@ __all__ += _data.__all__
 __all__ += _tensors.__all__
 __all__ += _layouts.__all__
 __all__ += _layers.__all__
+__all__ += _stages.__all__
 __all__ += _models.__all__
 __all__ += _metrics.__all__
 __all__ += _evaluate.__all__

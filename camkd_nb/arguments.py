@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from torch import nn
 
 from .explain import Parser
-from .layers import match_layers
+from .stages import match_layers
 from .losses import ClassAttention
 from .models import build_model
 from .tensors import eval_mode, logits_of

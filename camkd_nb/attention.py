@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .explain import explain_classes
 from .gradients import scaled_gradients, score_gradients
-from .layers import Taps, last_stages, run_eagerly
+from .layers import Taps, run_eagerly
+from .stages import last_stages
 from .regions import Classes, Region, asked_classes, at_least_one, check_labels, region_masks
 from .second_order import check_second_order, twice_differentiable, without_checkpoints
 from .tensors import Read, at_least_single, cell_share, eval_mode, full_precision, logits_of, unknown_name

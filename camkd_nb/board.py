@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .drawing import Page, class_legend, draw_panel, legend_rows, map_bar
 from .figures import layer_of_each
 from .files import whole_file
-from .layers import last_stages
+from .stages import last_stages
 from .voc import VOID, background_class
 
 # %% ../nbs/engine/board.ipynb #b0c50e2a

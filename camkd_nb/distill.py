@@ -23,7 +23,7 @@ from .attention import MapMethod
 from .distiller import Distiller, named_terms
 from .explain import explain_classes
 from .groups import Attached, OwnGroup, fitting, same_gradients, same_start
-from .layers import Layers
+from .stages import Layers
 from .losses import ClassAttention, Distance
 from .metrics import ConfusionMatrix
 from .tensors import logits_of, resize

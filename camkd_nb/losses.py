@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attention import MapMethod, Reading, class_maps, map_forward, map_method, needs_gradients
 from .explain import explain_classes
-from .layers import Layers
+from .stages import Layers
 from .regions import REGIONS, asked_classes, region_masks
 from .tensors import resize, resize_mask
 from .terms import Side, Step, Term, Weight, labelled_images, mean_over, meet, positive, valid_share

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .explain import explain_classes
-from .layers import Layers
+from .stages import Layers
 from .losses import softened
 from .tensors import full_precision, resize_mask
 from .terms import Step, Term, Weight, labelled_images, mean_over, paired_features, positive, valid_share

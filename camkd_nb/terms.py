@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .explain import explain_classes
-from .layers import Layers, match_layers
+from .stages import Layers, match_layers
 from .tensors import cell_share, logits_of
 from .voc import VOID
 

@@ -27,7 +27,8 @@ from camkd_nb.attention import METHODS, class_attention
 from camkd_nb.data import voc_dls
 from camkd_nb.distill import CAMDistill
 from camkd_nb.distiller import Distiller
-from camkd_nb.layers import last_stages, unwrapped
+from camkd_nb.layers import unwrapped
+from camkd_nb.stages import last_stages
 from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import SegLoss
 from camkd_nb.models import deeplabv3, pspnet, toy_student, toy_teacher

@@ -6,39 +6,65 @@
 __all__ = ['voc_check']
 
 # %% ../nbs/engine/check.ipynb #c2cb12d7
-import os
+import os, re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 from fastprogress import progress_bar
 
 from .explain import explain_classes
-from .voc import VOID, check_mask, check_pair, read_image, read_mask, voc_classes, voc_palette, voc_root
+from .lists import NAME_FILES, picture_files, read_ids, read_names, split_lists
+from .inspection import noted, read_pair
+from .signs import reordered
+from .voc import VOID, background_class, voc_classes, voc_palette, voc_root
+
+# %% ../nbs/engine/check.ipynb #9f0b2737
+class Problem(NamedTuple):
+    "What is wrong with some files, and what to do."
+    files: tuple[str, ...]  # relative to the tree
+    what: str
+
+    def __str__(self) -> str:
+        first, *more = self.files
+        also = f' and {len(more)} more, such as {", ".join(more[:2])}' if more else ''
+        return f'{first}{also}: {self.what}'
+
+# %% ../nbs/engine/check.ipynb #cc40d038
+def _kind(what): return re.sub(r'\(.*\)|\d+×\d+', '', what)
+
+def _grouped(notes):
+    "Notes (file, what) as problems, one for each kind; what stands in parentheses, and sizes, make no other kind."
+    kinds = defaultdict(list)
+    for file, what in notes: kinds[_kind(what)].append((file, what))
+    return [Problem(tuple(dict.fromkeys(file for file, _ in same)), same[0][1]) for same in kinds.values()]
 
 # %% ../nbs/engine/check.ipynb #98dd7d7c
 def _table(found):
-    "One table of the classes, and every problem in a line."
+    "One table of the classes, what was measured, and every problem in a line."
     share = 100 * found.pixels / max(found.pixels.sum() + found.void, 1)
     lines = ['lists: ' + ', '.join(f'{name} ({n})' for name, n in found.splits.items())]
     lines += [f'{name:16}{n:8} images {part:7.2f} % of the pixels'
               for name, n, part in zip(found.vocab, found.images, share)]
     lines += [f'{"void":16}{"":15} {100 - share.sum():7.2f} %' if found.pixels.sum() else 'no mask could be read']
     lines += [f'{len(found.empty)} masks show nothing but background'] * bool(found.empty)
-    problems = [f'  {file}: {what}' for file, what in found.problems]
-    return '\n'.join([*lines, f'{len(problems)} problems', *problems])
+    return '\n'.join([*lines, *found.notes, f'{len(found.problems)} problems', *(f'  {p}' for p in found.problems)])
 
 # %% ../nbs/engine/check.ipynb #dacedb6c
 def _bars(found, figsize):
     "Bars of all classes but the background."
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=figsize, layout='constrained', dpi=70)
-    labelled = 100 * found.pixels / max(1, found.pixels.sum())
-    names = [name.replace('$', r'\$') for name in found.vocab[1:]]  # else matplotlib reads $...$ as mathematics
+    labelled, background = 100 * found.pixels / max(1, found.pixels.sum()), background_class(found.vocab)
+    shown = [c for c in range(len(found.vocab)) if c != background]
+    names = [found.vocab[c].replace('$', r'\$') for c in shown]  # else matplotlib reads $...$ as mathematics
     for ax, values, label in zip(axes, (found.images, labelled), ('images', '% of the labelled pixels')):
-        ax.barh(names, values[1:], color=voc_palette()[1:len(found.vocab)] / 255)
+        ax.barh(names, values[shown], color=voc_palette()[shown] / 255)
         ax.set_xlabel(label)
     ax.invert_yaxis()
     plt.close(figure)  # who shows it decides when: Jupyter would draw an open one once more
@@ -50,12 +76,13 @@ class TreeCheck:
     "What `voc_check` found."
     root: Path  # the tree
     splits: dict[str, int]  # name of a list -> number of its ids
-    problems: list[tuple[str, str]]  # the file, relative to the tree, and what is wrong with it
+    problems: list[Problem]  # one for each kind: the files, relative to the tree, and what is wrong with them
     empty: list[str]  # masks with nothing but background and void, relative to the tree
     vocab: list[str]  # class names
     images: np.ndarray  # in how many images each class occurs, (C,)
     pixels: np.ndarray  # how many pixels each class has, (C,)
     void: int  # how many pixels are void
+    notes: list[str] = field(default_factory=list)  # what was measured, and on how many pairs
 
     def __str__(self) -> str: return _table(self)
 
@@ -65,29 +92,6 @@ class TreeCheck:
         "Draw in how many images each class but the background occurs, and its share of the labelled pixels."
         return _bars(self, figsize)
 
-# %% ../nbs/engine/check.ipynb #6e86381a
-def _read_or_note(read, file, root, notes):
-    try: return read(file)
-    except FileNotFoundError: notes.append((str(file.relative_to(root)), 'missing'))
-    except ValueError as e: notes.append((str(file.relative_to(root)), str(e).removeprefix(f'{file}: ')))
-
-def _note(notes, where, check, *args):
-    try: check(*args, where)
-    except ValueError as e: notes.append((where, str(e).removeprefix(f'{where}: ')))
-
-# %% ../nbs/engine/check.ipynb #28e950ad
-def _check_one(root, id, n_classes):
-    "The pixels of each value in a mask, or None, and what is wrong with it and its image."
-    notes, mask_file = [], root/f'SegmentationClass/{id}.png'
-    image = _read_or_note(read_image, root/f'JPEGImages/{id}.jpg', root, notes)
-    mask = _read_or_note(read_mask, mask_file, root, notes)
-    if mask is None: return None, notes
-    where = str(mask_file.relative_to(root))
-    _note(notes, where, check_mask, mask, n_classes)
-    if image is not None: _note(notes, where, check_pair, image.shape[1::-1], mask.shape[::-1])
-    if (mask == VOID).all(): notes.append((where, 'all void: there is nothing to learn from it'))
-    return np.bincount(mask.ravel(), minlength=256), notes
-
 # %% ../nbs/engine/check.ipynb #7d0cefd4
 def _list_file(name): return f'ImageSets/Segmentation/{name}.txt'
 
@@ -95,10 +99,11 @@ def _is_union(name, lists):
     return name not in ('train', 'val', 'test') and any(
         lists.get(part) and set(lists[part]) <= set(lists[name]) for part in ('val', 'test'))
 
+def _parts(lists): return {name: set(ids) for name, ids in lists.items() if not _is_union(name, lists)}
+
 def _shared(lists):
     "Ids that are in two lists of which neither holds the other."
-    parts = {name: set(ids) for name, ids in lists.items() if not _is_union(name, lists)}
-    for (a, one), (b, other) in combinations(parts.items(), 2):
+    for (a, one), (b, other) in combinations(_parts(lists).items(), 2):
         both, nested = sorted(one & other), one <= other or other <= one
         if both and not (nested and {a, b} - {'train', 'val', 'test'}):
             yield _list_file(a), f'{len(both)} ids are in {b}, too, first {both[0]}'
@@ -114,35 +119,135 @@ def _wrong_lists(lists):
         if not ids: yield _list_file(name), 'the split is empty'
 
 # %% ../nbs/engine/check.ipynb #e38cbda8
+def _without(names, most=5):
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+def _never_held(vocab, counts, listed) -> Iterator[tuple[str, str]]:
+    "Classes that no mask holds; `counts`: pixels of each value, (masks, 256)."
+    held = np.flatnonzero(counts[:, :VOID].any(0))
+    absent = [name for c, name in enumerate(vocab) if c not in held]
+    if not absent or not len(counts): return
+    what = f'no mask holds {_without(absent)} ({len(absent)} of {len(vocab)} classes; '
+    what += f'the largest value is {held.max()}). ' if len(held) else 'nothing but void). '
+    if len(held) < 2 and counts[:, VOID].any():
+        what += (f'Are these masks of two values, with the objects saved as {VOID}? That means void, which is never '
+                 f'learned. Write the objects as 1: `voc_gather(..., mapping={{{VOID}: 1}})`.')
+    else: what += f'Take the names out, or look where these classes were lost. The names are from {listed}.'
+    yield (listed if listed in NAME_FILES else 'SegmentationClass'), what
+
+# %% ../nbs/engine/check.ipynb #a313a337
+def _not_trained(vocab, lists, pairs) -> Iterator[tuple[str, str]]:
+    "Classes that other lists hold and the training list does not."
+    def _held(ids): return sum(pairs[id].counts for id in set(ids) if pairs[id].counts is not None)
+    held = {name: _held(ids) for name, ids in lists.items()}
+    if np.ndim(held.get('train', 0)) == 0: return
+    everywhere = sum(held.values())
+    absent = [name for c, name in enumerate(vocab) if everywhere[c] and not held['train'][c]]
+    if absent: yield _list_file('train'), (
+        f'no mask of this list holds {_without(absent)}, but masks of other lists do. Move some pairs to this list.')
+
+def _solid_void(pairs) -> Iterator[tuple[str, str]]:
+    "Masks of the sample whose void fills areas, where those are most of the masks with void."
+    measured = [pair for pair in pairs if pair.solid is not None]
+    filled = [pair for pair in measured if pair.solid > .75]
+    if 2 * len(filled) <= len(measured): return
+    for pair in filled: yield pair.mask, (
+        f'the void ({VOID}) fills areas instead of thin rims. Is it one of your classes? Give it an index: '
+        f'`voc_gather(..., mapping={{{VOID}: index}})`. If nobody is to learn these areas, all is well.')
+
+# %% ../nbs/engine/check.ipynb #892157c3
+def _palettes(vocab, pairs) -> Iterator[tuple[str, str]]:
+    "Masks whose palettes contradict each other, or have VOC's colours in another order."
+    usual = {}
+    for i in range(len(vocab)):
+        seen = Counter(pair.colours[i] for pair in pairs if i in pair.colours)
+        if seen: usual[i] = seen.most_common(1)[0][0]
+    for pair in pairs:
+        if any(usual[i] != colour for i, colour in pair.colours.items()):
+            yield pair.mask, ('its palette gives a class another colour than most masks do: were classes numbered anew '
+                              'for each mask? Then make the masks from the colours: `voc_gather(..., colours=...)`.')
+    swapped = reordered(usual, len(vocab))
+    if swapped: yield 'SegmentationClass', (
+        "the palettes have VOC's colours in another order: " + ', '.join(f'{i} is drawn as {j}' for i, j in swapped[:5])
+        + '. Were the colours sorted, and the indices with them? Give each index its name in classes.txt, or make the '
+          'masks again: `voc_gather(..., mapping=...)`.')
+
+# %% ../nbs/engine/check.ipynb #0cfb2500
+def _leaks(lists, pairs) -> Iterator[tuple[str, str]]:
+    "Images of one content under two names, in two of the lists train, val and test."
+    where = defaultdict(dict)  # content -> name of a list -> an image
+    for name in ('train', 'val', 'test'):
+        for id in _parts(lists).get(name, ()):
+            if pairs[id].content: where[pairs[id].content].setdefault(name, pairs[id].photo)
+    if len(where) == 1: return  # every image is the same, which is no data set but somebody's test
+    for there in where.values():
+        if len(set(there.values())) > 1:
+            name, *others = there
+            for other in others:
+                yield there[other], (f'an image of {other} is in {name}, too, under another name: the score looks too '
+                                     f'good. Take one of them out (it is {there[name]} there).')
+
+# %% ../nbs/engine/check.ipynb #91fafcc0
+_SAMPLE = 100  # pairs
+
 def _read_lists(root):
-    "The ids of each list of a tree."
-    files = sorted((root/'ImageSets/Segmentation').glob('*.txt'))
-    if files: return {file.stem: file.read_text(encoding='utf-8-sig').split() for file in files}
-    raise ValueError(f'{root}/ImageSets/Segmentation holds no list. Write train.txt and val.txt, one id a line.')
+    "The ids of each list of a tree, and what is wrong with lists that cannot be read."
+    lists, notes, files = {}, [], split_lists(root/'ImageSets/Segmentation')
+    if not files:
+        raise ValueError(f'{root}/ImageSets/Segmentation holds no list. Write train.txt and val.txt, one id a line.')
+    for name, file in files.items():
+        ids = noted(notes, _list_file(name), read_ids, file)
+        if ids is not None: lists[name] = ids
+    return lists, [(where, what.removeprefix(f'{root}/{where}, ')) for where, what in notes]
 
 def _check_all(root, ids, n_classes, progress):
-    "What `_check_one` says of each id, in their order."
+    "What `read_pair` says of each id."
+    photos, masks = picture_files(root/'JPEGImages', ids), picture_files(root/'SegmentationClass', ids)
+    sampled = set(ids[::-(-len(ids) // _SAMPLE) or 1])
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        found = pool.map(lambda id: _check_one(root, id, n_classes), ids)
-        return list(progress_bar(found, total=len(ids), leave=False) if progress else found)
+        found = pool.map(lambda id: read_pair(id, photos[id], masks[id], n_classes, id in sampled), ids)
+        return dict(zip(ids, progress_bar(found, total=len(ids), leave=False) if progress else found))
+
+# %% ../nbs/engine/check.ipynb #68ac9c14
+def _measured(pairs):
+    "What the sample says of outlines and edges, in a line."
+    scores = [pair.match for pair in pairs if pair.match is not None]
+    if not scores: return []
+    return [f'at the outlines of masks, photos change {np.median(scores):.2f} times as much as beside them (median of '
+            f'{len(scores)} pairs; about 1: masks that are turned, shifted or of other photos)']
+
+def _names_of(root):
+    "Where the class names are from, and what is wrong with that."
+    files = [name for name in NAME_FILES if (root/name).is_file()]
+    others = [name for name in files[1:] if read_names(root/name) != read_names(root/files[0])]
+    notes = [(name, f'its class names are not those of {files[0]}, which count. Remove one.') for name in others]
+    return (files[0] if files else "VOC, since there is no classes.txt"), notes
+
+def _only_background(pair, vocab):
+    "Whether a mask shows nothing but background and void."
+    there, background = np.flatnonzero(pair.counts[:VOID]), background_class(vocab)
+    return there.tolist() == [background]
 
 # %% ../nbs/engine/check.ipynb #7ff2f8e4
 def voc_check(
     path: str | Path,  # a VOC tree
     *,
     progress: bool = True,  # show a progress bar
-) -> TreeCheck:  # print it: a table of the classes, and a line for each problem
+) -> TreeCheck:  # print it: a table of the classes, and a line for each kind of problem
     "Open every image and mask that a list of the tree names, and report what is wrong and what is in them."
     root, vocab = voc_root(path), voc_classes(path)
-    lists = _read_lists(root)
-    ids = sorted(set().union(*lists.values()))
-    found = _check_all(root, ids, len(vocab), progress)
-    problems = [*_wrong_lists(lists), *(note for _, notes in found for note in notes)]
-    read = [(id, counts) for id, (counts, _) in zip(ids, found) if counts is not None]
-    counts = np.array([n for _, n in read]).reshape(-1, 256)
-    empty = [f'SegmentationClass/{id}.png' for id, n in read if n[0] and not n[1:VOID].any()]
+    listed, notes = _names_of(root)
+    lists, unread = _read_lists(root)
+    pairs = _check_all(root, sorted(set().union(*lists.values())), len(vocab), progress)
+    read = [pair for pair in pairs.values() if pair.counts is not None]
+    counts = np.array([pair.counts for pair in read]).reshape(-1, 256)
+    binary = len(np.flatnonzero(counts[:, :VOID].any(0))) < 2  # void is reported as their objects
+    notes = [*notes, *unread, *_wrong_lists(lists), *(note for pair in pairs.values() for note in pair.notes),
+             *_never_held(vocab, counts, listed), *_not_trained(vocab, lists, pairs),
+             *([] if binary else _solid_void(read)), *_palettes(vocab, read), *_leaks(lists, pairs)]
     known, sizes = counts[:, :len(vocab)], {name: len(named) for name, named in lists.items()}
-    return TreeCheck(root, sizes, problems, empty, vocab, (known > 0).sum(0), known.sum(0), int(counts[:, VOID].sum()))
+    return TreeCheck(root, sizes, _grouped(notes), [pair.mask for pair in read if _only_background(pair, vocab)], vocab,
+                     (known > 0).sum(0), known.sum(0), int(counts[:, VOID].sum()), _measured(read))
 
 # %% ../nbs/engine/check.ipynb #1d44e61c
 explain_classes(globals())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/colours.ipynb #9a5c4af7
+# %% ../nbs/engine/colours.ipynb #fba068cd
 import csv, difflib, re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .lists import text_lines
 from .photos import open_picture, stored_indices
 from .voc import VOID
 
-# %% ../nbs/engine/colours.ipynb #81036149
+# %% ../nbs/engine/colours.ipynb #5859b0c2
 Colour = tuple[int, ...]  # red, green, blue, each 0..255
 
 @dataclass
@@ -35,7 +35,7 @@ _FORMS = (r'(?P<name>[^:]+):(?P<rgb>\d+,\d+,\d+):.*', r'(?P<rgb>\d+\s+\d+\s+\d+)
           r'(?P<rgb>\d+,\s*\d+,\s*\d+),\s*(?P<name>[^\d,][^,]*)', r'(?P<name>[^,]+),\s*(?P<rgb>\d+,\s*\d+,\s*\d+)',
           r'(?P<name>[^:,]+):*')
 
-# %% ../nbs/engine/colours.ipynb #08569bcc
+# %% ../nbs/engine/colours.ipynb #35146076
 def _table_rows(lines):
     "The entries of a table with a header, or None."
     header = [cell.strip().lower() for cell in lines[0].split(',')]
@@ -65,13 +65,14 @@ def read_entries(
     except (ValueError, IndexError) as e:
         raise ValueError(f'{file}: not a list of classes ({e}). Write a line such as "128 0 0 car" for each.') from None
 
-# %% ../nbs/engine/colours.ipynb #54377ac0
+# %% ../nbs/engine/colours.ipynb #6d79bac0
 @dataclass
 class Legend:
     "From keys, values, colours or labels, to class indices."
     vocab: list[str]  # class names
     known: dict[Hashable, int]  # key -> class index
     rest: int | None = None  # class index of all other keys; None: they are refused
+    told: frozenset[Hashable] = frozenset()  # keys that the user spoke of
     seen: set[Hashable] = field(default_factory=set)  # keys that files held
     unknown: dict[Hashable, dict[str, None]] = field(default_factory=dict)  # keys without an answer -> files
 
@@ -85,7 +86,7 @@ class Legend:
         if index is None: self.unknown.setdefault(key, {})[str(where)] = None
         return VOID if index is None else index
 
-# %% ../nbs/engine/colours.ipynb #384e76c6
+# %% ../nbs/engine/colours.ipynb #a0d5f4a3
 def first_few(
     names: Sequence[Any],
     n: int,  # how many to say
@@ -115,12 +116,13 @@ def make_legend(
     taken = {index for key, index in chosen.items() if isinstance(key, int)} - {VOID}
     kept = {key: index for key, index in own.items() if not isinstance(key, int) or index not in taken}
     if rest is not None and any(isinstance(key, int) for key in chosen): kept = {}
-    return Legend(vocab, {**kept, **chosen, **dict.fromkeys(void, VOID)}, rest)
+    void = dict.fromkeys(void, VOID)
+    return Legend(vocab, {**kept, **chosen, **void}, rest, frozenset(chosen | void))
 
-# %% ../nbs/engine/colours.ipynb #702adfa0
+# %% ../nbs/engine/colours.ipynb #97ca02b2
 explain_classes(globals())
 
-# %% ../nbs/engine/colours.ipynb #59e5264b
+# %% ../nbs/engine/colours.ipynb #2b0ee747
 def _packed(rgb): return (rgb.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(2, dtype=np.uint32)
 
 def _colours_of(rgb, where):
@@ -137,14 +139,14 @@ def _wide(picture):
     "Whether values above 255 can be in it."
     return picture.format not in ('JPEG', 'MPO', 'WEBP') and picture.mode[:1] == "I"
 
-# %% ../nbs/engine/colours.ipynb #ce56bb4d
+# %% ../nbs/engine/colours.ipynb #e19a56f0
 def mask_keys(
     file: Path,  # of a mask
     coloured: bool,  # its colours are listed
 ) -> tuple[list[Any], np.ndarray]:  # values or colours, and the position of each pixel's among them, (H, W)
     "What is in a mask."
     picture = open_picture(file)
-    if picture.mode in ('RGB', 'RGBA', 'LA', 'PA') or picture.mode == 'P' and coloured:
+    if picture.mode in ('RGB', 'RGBA', 'LA', 'PA') or coloured and picture.mode[:1] != 'I':
         if picture.format in ('JPEG', 'MPO', 'WEBP'): stored_indices(picture, file)  # says why not
         rgb = np.asarray(picture.convert('RGB'))
         colours, position = _colours_of(rgb, file)
@@ -166,7 +168,7 @@ def read_foreign(
     keys, position = mask_keys(file, coloured)
     return np.array([legend.index_of(key, file) for key in keys], np.uint8)[position]
 
-# %% ../nbs/engine/colours.ipynb #08b422cd
+# %% ../nbs/engine/colours.ipynb #dcf3fa7b
 def _nearest(colour, legend):
     listed = [key for key in legend.known if isinstance(key, tuple)]
     near = min(listed, key=lambda key: sum((a - b)**2 for a, b in zip(key, colour)))
@@ -198,17 +200,17 @@ def refuse_unknown(
     more = f' So are {len(others)} others: {", ".join(map(repr, others[:8]))}.' if others else ''
     raise ValueError(f'{next(iter(files))}: {_remedy(key, legend)} It is in {len(files)} of {n_files} files.{more}')
 
-# %% ../nbs/engine/colours.ipynb #701d3c9b
+# %% ../nbs/engine/colours.ipynb #91ad88ec
 def refuse_binary(
     legend: Legend,  # of values, after all masks were read
 ) -> None:
     "Raise a `ValueError` where all masks together hold 0 and 255 alone, and 255 became void without being told."
-    if legend.seen != {0, VOID} or legend.known.get(VOID) != VOID: return
+    if legend.seen != {0, VOID} or VOID in legend.told or legend.known.get(VOID) != VOID: return
     raise ValueError(f'the masks hold only 0 and 255, and 255 means void here: nothing but {legend.vocab[0]!r} would '
                      f'be left. If 255 is {legend.vocab[-1]!r}, give mapping={{255: {len(legend.vocab) - 1}}}; '
                      'if it is void, give void=255.')
 
-# %% ../nbs/engine/colours.ipynb #8f655d40
+# %% ../nbs/engine/colours.ipynb #a58e281c
 def as_colour(
     colour: Any,  # '#8000ff', or red, green and blue
 ) -> Colour:
@@ -232,7 +234,7 @@ def given_entries(
                          'and void=[...] for colours that are void.')
     return [Entry(name, as_colour(colour)) for name, colour in zip(classes, colours)]
 
-# %% ../nbs/engine/colours.ipynb #84176b20
+# %% ../nbs/engine/colours.ipynb #b6759d58
 def as_list(
     void: Any,  # None, one key or several; a tuple is a colour
 ) -> list[Any]:

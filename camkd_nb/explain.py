@@ -44,7 +44,7 @@ def explain_classes(
 class _Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
         "The default, where there is one that the text does not name."
-        said = action.default in (None, False, argparse.SUPPRESS) or '(default' in action.help
+        said = any(action.default is no for no in (None, False, argparse.SUPPRESS)) or '(default' in action.help
         return action.help if said else f'{action.help} (default: %(default)s)'
 
 class Parser(argparse.ArgumentParser):

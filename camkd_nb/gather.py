@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['voc_gather']
 
-# %% ../nbs/engine/gather.ipynb #b9d60892
+# %% ../nbs/engine/gather.ipynb #1256285a
 import os, re, shutil, sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from .photos import open_picture, orientation, to_rgb
 from .plans import Meaning, annotation_files, drawn_upright, plan_masks, plan_outlines
 from .voc import write_mask
 
-# %% ../nbs/engine/gather.ipynb #ae0650a1
+# %% ../nbs/engine/gather.ipynb #da36b916
 def _place(photo, file, link):
     "Link or copy a file."
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def _write(task, plan, draft, link):
     write_mask(plan.mask_of(task), mask)
     _write_photo(task, draft/f'JPEGImages/{task.item.id}', link)
 
-# %% ../nbs/engine/gather.ipynb #13b25c2f
+# %% ../nbs/engine/gather.ipynb #467251fe
 def _write_all(plan, draft, link, progress):
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         done = pool.map(lambda task: _write(task, plan, draft, link), plan.tasks)
@@ -69,7 +69,7 @@ def _write_lists(plan, draft, lists):
     for name, ids in lists.items(): (folder/f'{name}.txt').write_text('\n'.join(ids) + '\n', encoding='utf-8')
     (draft/'classes.txt').write_text('\n'.join(plan.legend.vocab) + '\n', encoding='utf-8')
 
-# %% ../nbs/engine/gather.ipynb #a3561999
+# %% ../nbs/engine/gather.ipynb #06b62a11
 def _refuse_lost(plan, partial):
     "Raise where photos are missing and may not be left out; say what is left out."
     if plan.lost and not partial:
@@ -86,7 +86,7 @@ def _say_frames(ids, groups):
     print(f"the names look like frames of {len(films)} recordings ({first_few(sorted(films), 3)}), which resemble each "
           r"other: groups=r'^(.*?)\d+$' keeps each of them in one list")
 
-# %% ../nbs/engine/gather.ipynb #f75913d6
+# %% ../nbs/engine/gather.ipynb #7176e312
 def _mark(plan, arguments):
     "What a tree was made of."
     files = {file for task in plan.tasks for file in (task.photo, getattr(task.source, 'where', task.source))
@@ -102,7 +102,7 @@ def _is_made(dest, mark):
     raise ValueError(f'{dest}: something is there that was not made of these sources in this way. '
                      'Give another folder, or remove it.')
 
-# %% ../nbs/engine/gather.ipynb #98dad51e
+# %% ../nbs/engine/gather.ipynb #153d0e87
 def _make(dest, plan, mark, options):
     "Write the tree; how many images each list has, and where the lists come from."
     lists, where = make_splits([task.item for task in plan.tasks], options['splits'], seed=options['seed'],
@@ -123,7 +123,7 @@ def _class_names(classes):
     else: raise ValueError(f'classes={str(classes)!r}: no such file. Give a list of names, or a file of them.')
     return [name for name in names if name != '__ignore__']
 
-# %% ../nbs/engine/gather.ipynb #96f74ddd
+# %% ../nbs/engine/gather.ipynb #ed789e88
 def voc_gather(
     dest: str | Path,  # the tree to make
     images: str | Path,  # folder of photos, or a pattern such as 'photos/**/*.jpg'
@@ -155,8 +155,8 @@ def voc_gather(
     if progress: print(voc_check(dest))
     return dest
 
-# %% ../nbs/engine/gather.ipynb #5ed5a137
-def _listed(text): return [part.strip() for part in text.split(',') if part.strip()]
+# %% ../nbs/engine/gather.ipynb #8a672f1e
+def _listed(text): return [part.strip() for part in (text or '').split(',') if part.strip()]
 
 def _key(text): return int(text) if re.fullmatch(r'-?\d+', text) else as_colour(text) if text[:1] == '#' else text
 
@@ -173,7 +173,7 @@ def _share(text):
 
 def _file_or(text, made): return text if Path(text).expanduser().is_file() else made(text)
 
-# %% ../nbs/engine/gather.ipynb #80e484c5
+# %% ../nbs/engine/gather.ipynb #3772df2a
 def _parser():
     parser = Parser('camkd-gather', 'Make a tree in the layout of Pascal VOC, which camkd-demo and voc_dls read, of '
                     'photos and masks, or of what labelme, CVAT, Roboflow or COCO tools export. Sources stay unchanged.')
@@ -183,12 +183,12 @@ def _parser():
     add('masks', help='folder of masks, or a quoted pattern; or an annotation file, or a folder of them')
     add('--classes', metavar='NAMES', help="a,b,c by index, or a file of them (default: the source's own)")
     add('--colours', metavar='COLOURS', help='of masks in colours: a file such as label_colors.txt or labelmap.txt, or '
-        "#000000,#8000ff,... in the order of --classes (default: a file that lies beside the masks)")
-    add('--mapping', metavar='OLD=NEW', default='',
+        "'#000000,#8000ff,...' in the order of --classes (default: a file that lies beside the masks)")
+    add('--mapping', metavar='OLD=NEW',
         help="value, #colour or label = class, as in '255=1,lorry=car,*=void'")
-    add('--void', metavar='KEYS', default='',
+    add('--void', metavar='KEYS',
         help='values, #colours or labels that nobody decided, as in 11 or unclear')
-    add('--splits', metavar='LISTS', default='', help='list = share, folder or file, as in train=.8,val=.2 or '
+    add('--splits', metavar='LISTS', help='list = share, folder or file, as in train=.8,val=.2 or '
         "val=lists/val.txt (default: the source's own lists or folders, else 80:20 by chance)")
     add('--groups', metavar='PATTERN',
         help='images in whose names this regular expression finds the same stay in one list')
@@ -198,7 +198,7 @@ def _parser():
     add('--seed', type=int, default=0, metavar='N', help='of the draw of lists')
     return parser
 
-# %% ../nbs/engine/gather.ipynb #5192537a
+# %% ../nbs/engine/gather.ipynb #df664e9b
 def _in_words_of_the_command(text):
     "An error of `voc_gather` with arguments as the command writes them."
     text = re.sub(r'mapping=\{(.*?)\}', lambda m: '--mapping ' + re.sub("[' ]", '', m[1]).replace(':', '='), text)

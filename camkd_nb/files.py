@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../nbs/engine/files.ipynb #49a28544
-import errno, hashlib, os, platform, re, shutil, time
+import errno, hashlib, os, platform, re, shutil, stat, time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
@@ -34,14 +35,35 @@ def _is_left_over(path):
     except PermissionError: pass  # it lives, and is somebody else's
     return False
 
+# %% ../nbs/engine/files.ipynb #c8b18e22
+_UNMARKED = re.compile(r'(partial|\..+)-[a-z0-9_]{8}(\.\w+)?$')
+
+def _is_open(path):
+    "Whether a process has a file open, or one in a folder; `None` where the system does not tell."
+    if not Path('/proc/self/fd').is_dir(): return None
+    opened, own = set(), str(path.resolve())
+    for link in Path('/proc').glob('[0-9]*/fd/*'):
+        with suppress(OSError): opened.add(os.readlink(link))
+    return any(name == own or name.startswith(f'{own}/') for name in opened)
+
+def _is_unmarked_left_over(path):
+    mode, age = path.lstat().st_mode, time.time() - path.lstat().st_mtime
+    private = stat.S_IMODE(mode) == (0o700 if stat.S_ISDIR(mode) else 0o600)
+    if not (os.name == 'posix' and private and (stat.S_ISDIR(mode) or path.name.startswith('partial-'))): return False
+    used = _is_open(path)
+    return age > _DAY if used is None else not used
+
+# %% ../nbs/engine/files.ipynb #2cf55f4b
 def remove_left_overs(
     folder: str | Path,  # where drafts may lie
-    pattern: str = '.*',  # of their names, which end with a `draft_mark`, or with that and '.part'
+    unmarked: str = 'partial-*',  # pattern of the names of drafts that earlier versions left there
 ) -> None:
     "Remove the drafts, files or folders, of processes that are gone."
-    for path in Path(folder).glob(pattern):
+    marked = [path for path in Path(folder).glob('.*') if _MARK.search(path.name)]
+    others = [path for path in Path(folder).glob(unmarked) if _UNMARKED.match(path.name)]
+    for path in marked + others:
         with suppress(OSError):  # another process is removing it, or may and this one may not
-            if not _MARK.search(path.name) or not _is_left_over(path): continue
+            if not (_is_left_over(path) if path in marked else _is_unmarked_left_over(path)): continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 _swept = {}  # folder: when
@@ -102,7 +124,7 @@ def whole_folder(
     "Write into the folder inside the block; it takes its name at the end, and is removed if the block fails."
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_left_overs(folder.parent)
+    remove_left_overs(folder.parent, f'.{escape(folder.name)}-*')
     draft = folder.with_name(f'.{folder.name[:40]}.{draft_mark()}')
     draft.mkdir()
     try:

@@ -7,41 +7,31 @@ __all__ = ['Distill', 'CAMDistill']
 
 # %% ../nbs/07_distill.ipynb #07d4f7f2
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from copy import deepcopy
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.imports import noop
-from fastai.learner import AvgSmoothLoss, Learner
+from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from torch import Tensor, nn
 
 from .attention import MapMethod
-from .distiller import Distiller, named_terms
+from .classes import Classes, common_classes
+from .columns import Smooth, TermColumns
+from .distiller import Distiller
 from .explain import explain_classes
 from .groups import Attached, OwnGroup, fitting, same_gradients, same_start
+from .inputs import check_task, named_terms
 from .stages import Layers
 from .losses import ClassAttention, Distance
-from .metrics import ConfusionMatrix
-from .tensors import logits_of, resize
+from .teachercheck import TeacherCheck, verdict
+from .tensors import Read
 from .terms import Term, Weight
-
-# %% ../nbs/07_distill.ipynb #43e9184b
-class _TermColumns(Callback):
-    "Append each term's smoothed value to the progress table and to `recorder.values`."
-    order = 55
-    def __init__(self, distill): self.distill = distill
-
-    def before_fit(self) -> None:
-        "Name the columns."
-        names, end = self.recorder.metric_names, -1 if self.recorder.add_time else None
-        self.recorder.metric_names = [*names[:end], *self.distill.columns(), *([] if end is None else names[end:])]
-
-    def after_validate(self) -> None:
-        if self.distill.trained and fitting(self.learn): self.recorder.log += list(self.distill.columns().values())
+from .watch import FiniteWatch, NotFinite, cause_of
 
 # %% ../nbs/07_distill.ipynb #8941bd62
 def _leave_optimiser(distill):
@@ -55,6 +45,11 @@ def _join_optimiser(distill, learn, parameters):
     for p in parameters: p.grad = None  # a search for a learning rate leaves some
     distill.own_group = OwnGroup(learn.opt, parameters)
 
+def _put_back(distill):
+    "After a search for a learning rate the terms are what they were before."
+    kept, distill.kept = distill.kept, {}
+    for name, state in kept.items(): distill.terms[name].load_state_dict(state)
+
 class _LeaveLate(Callback):
     "At the end of a fit, takes the terms' group out of the optimiser."
     order = 90
@@ -62,6 +57,9 @@ class _LeaveLate(Callback):
     def after_fit(self) -> None: fitting(self.learn) and _leave_optimiser(self.distill)
 
 # %% ../nbs/07_distill.ipynb #9d7d3c79
+def _unguard_batches(learn):
+    for name in ('one_batch', '_do_one_batch'): vars(learn).pop(name, None)
+
 class _Joined(Attached):
     "What the callback does when it comes to a learner, when it goes, and when it is pickled."
     order, run_valid, name = 5, False, 'distill'
@@ -70,8 +68,9 @@ class _Joined(Attached):
     def joined(self, learn: Learner) -> None: learn.add_cbs([cb for cb in self.companions if cb not in learn.cbs])
     def broke_off(self, learn: Learner) -> None:
         "Give back what was taken from the learner for the length of a fit."
-        vars(learn).pop('one_batch', None)
+        _unguard_batches(learn)
         _leave_optimiser(self)
+        _put_back(self)
 
     def left(self, learn: Learner) -> None:
         "Give back all that was taken from the learner."
@@ -80,149 +79,135 @@ class _Joined(Attached):
         self.distiller = None
 
     def __getstate__(self) -> dict:
-        gone = dict.fromkeys(('teacher', 'distiller', 'scores', 'own_group'))
-        return {**super().__getstate__(), **gone, 'terms': {}}
-
-# %% ../nbs/07_distill.ipynb #c312c445
-def _thinned(z, step): return z.detach()[..., ::step, ::step].float()
-
-class TeacherCheck:
-    "Task loss of the teacher, and mean IoU of teacher and student, on the same batches."
-    def __init__(self,
-        n_classes: int,  # background included
-        loss_func: Callable[[Tensor, Tensor], Tensor],  # the learner's
-    ) -> None:
-        self.loss_func, self.loss = loss_func, AvgSmoothLoss(beta=.98)
-        self.teacher, self.student = ConfusionMatrix(n_classes), ConfusionMatrix(n_classes)
-
-    def update(self,
-        teacher: Tensor,  # logits, (B, C, H, W)
-        student: Tensor,  # logits, (B, C, H', W')
-        mask: Tensor,  # class indices, int64, (B, H', W')
-        *,
-        side: int = 64,  # at most so many rows and columns of pixels are looked at
-    ) -> None:
-        "Add a batch."
-        step = max(1, -(-max(mask.shape[-2:]) // side))
-        ours, theirs = _thinned(student, step), _thinned(resize(teacher, mask.shape[-2:]), step)
-        mask = mask[..., ::step, ::step]
-        with torch.no_grad(): self.loss.accumulate(SimpleNamespace(loss=self.loss_func(theirs, mask)))
-        self.teacher.update(theirs, mask), self.student.update(ours, mask)
-
-    def values(self) -> dict[str, float]:
-        "One number for each column; NaN where nothing was seen."
-        loss = self.loss.value.item() if self.loss.count else float('nan')
-        return {'teacher_loss': loss, 'teacher_iou': self.teacher.miou(), 'student_iou': self.student.miou()}
-
-# %% ../nbs/07_distill.ipynb #b4595b41
-_NOBODY = dict.fromkeys(('teacher_loss', 'teacher_iou', 'student_iou'), float('nan'))
-
-def verdict(scores: dict[str, float]) -> str | None:  # None where the teacher is better than the student
-    "What is wrong with the teacher, in figures, as `TeacherCheck.values` gives them."
-    if not scores['teacher_iou'] <= scores['student_iou']: return None
-    loss = f"{scores['teacher_loss']:.3f}"
-    if loss in ('nan', 'inf'): loss += ': not all of its logits are finite'
-    return (f"on the training batches of this epoch the teacher's mean IoU was {scores['teacher_iou']:.3f} "
-            f"(task loss {loss}) and the student's {scores['student_iou']:.3f}: "
-            'either it has little to teach there (check its normalisation, its order of classes, and whether it can '
-            'read crops of this size and scale), or the student knows few images by heart by now, '
-            'and only validation tells')
+        gone = dict.fromkeys(('teacher', 'distiller', 'scores', 'own_group', 'finite', 'reading'))
+        return {**super().__getstate__(), **gone, 'terms': {}, 'kept': {}}
 
 # %% ../nbs/07_distill.ipynb #08629869
-def _announce(name, pairs):
-    print(f'{name} compares ' + ', '.join(f"the student's {a} with the teacher's {b}" for a, b in pairs.items()))
+def _announce(distill):
+    "Say what was found and nobody named."
+    for name, term in distill.terms.items():
+        pairs = term.pairs.items() if term.layers is None else ()
+        said = ', '.join(f"the student's {a} with the teacher's {b}" for a, b in pairs)
+        if said: print(f'{name} compares {said}')
+    common = distill.reading['classes']
+    if common is not None and common.vocabs and not distill.told: print(common)
+    distill.told = True
 
-def _start(distill, learn):
-    "Check everything, build the distiller, and let the terms begin a fit."
+def _check_learner(distill, learn):
+    "What cannot work is said before anything is built."
     blending = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)), None)
     if blending: raise TypeError(f'{blending} blends two images, and no mask says what is where: distil without it')
-    if distill.teacher is None:
-        raise ValueError('an exported learner keeps neither teacher nor terms: remove this callback, as in '
-                         '`learn.remove_cb(learn.distill)`, and give `fit` a new one')
+    if sum(isinstance(cb, Distill) for cb in learn.cbs) > 1:
+        raise ValueError('two callbacks distil in one fit: give one of them all terms, as in '
+                         'Distill(teacher, [ClassAttention(), ChannelKD()]), or remove the one that the learner has')
+    if distill.teacher is not None: return
+    raise ValueError('this callback was copied, pickled or exported, which keeps neither teacher nor terms: remove it, '
+                     'as in `learn.remove_cb(learn.distill)`, and give `fit` a new one')
+
+# %% ../nbs/07_distill.ipynb #98a80159
+def _start(distill, learn):
+    "Check everything, build the distiller, and let the terms begin a fit."
+    _check_learner(distill, learn)
     for term in distill.terms.values(): term.reset()
     teacher = distill.teacher.to(next(learn.model.parameters()).device)
-    distill.distiller = Distiller(learn.model, teacher, distill.terms.values())
-    own = list(distill.distiller.parameters())
+    distill.distiller = Distiller(learn.model, teacher, distill.terms.values(), **distill.reading)
+    own, searching = list(distill.distiller.parameters()), hasattr(learn, 'lr_finder')
     same_start(own)
-    if own and not hasattr(learn, 'lr_finder'): _join_optimiser(distill, learn, own)
-    if learn.logger is noop: return
-    for name, term in distill.terms.items():
-        if term.layers is None: _announce(name, term.pairs)
+    if searching: distill.kept = {name: deepcopy(term.state_dict()) for name, term in distill.terms.items()}
+    elif own: _join_optimiser(distill, learn, own)
+    if learn.logger is not noop: _announce(distill)
 
 # %% ../nbs/07_distill.ipynb #126a5d67
 def _guarded(distill, one_batch, *args):
     if distill.distiller is None: return one_batch(*args)
     with distill.distiller: return one_batch(*args)
 
+def _with_step(learn, do_one_batch):
+    "A batch; one without labels is learnt from as well."
+    do_one_batch()
+    if learn.training and not len(learn.yb) and learn.loss_grad.requires_grad: learn._do_grad_opt()
+
 def _guard_batches(distill, learn):
     "Put the taps around each batch."
-    vars(learn).pop('one_batch', None)
+    _unguard_batches(learn)
     learn.one_batch = partial(_guarded, distill, learn.one_batch)
+    learn._do_one_batch = partial(_with_step, learn, learn._do_one_batch)
 
 def _warn_of_teacher(distill):
     "Say so, once a fit, when the teacher was no better than the student."
     if distill.scores is None or distill.warned or rank_distrib(): return
-    wrong = verdict(distill.scores.values())
+    wrong = verdict(distill.scores)
     if wrong: warnings.warn(wrong, stacklevel=3)
     distill.warned = wrong is not None
 
 # %% ../nbs/07_distill.ipynb #b90e6cb5
-def _cause(distill):
-    "Why a term is not finite, for all that can be known; the GPU is waited for, so ask only when one was found."
-    theirs = distill.distiller.teacher_logits
-    if theirs is not None and not theirs.isfinite().all():
-        weights = distill.distiller.teacher.state_dict().items()
-        broken = next((name for name, t in weights if t.is_floating_point() and not t.isfinite().all()), None)
-        of = 'all its weights are finite' if broken is None else f'nor is its {broken!r}'
-        return (f"the teacher's logits are not finite ({of}): check its weights file, the images and the normalisation "
-                'that it gets, and whether it can run in this precision')
-    own = logits_of(distill.pred).isfinite().all() and distill.loss_grad.isfinite()
-    return 'lower its weight or the learning rate' if own else (
-        "the student's own logits are not finite: lower the learning rate")
-
-def _check_finite(distill, values):
-    "Stop before the weights move; where a loss scale is at work, it skips such a step by itself, and it is only said."
-    if not values or torch.stack([value for value, _ in values.values()]).isfinite().all(): return
-    name, value = next((name, value.item()) for name, (value, _) in values.items() if not value.isfinite())
-    message = f'{name} is {value} in epoch {distill.epoch}, batch {distill.iter}: {_cause(distill)}'
+def _report(distill, found: NotFinite | None):
+    "Stop; where a loss scale is at work, it skips such steps by itself, and it is only said."
+    if found is None: return
+    cause = cause_of(found, distill.distiller.teacher)
+    message = f'{found.name} is {found.value} in epoch {found.epoch}, batch {found.batch}: {cause}'
     scaler = getattr(distill.learn, 'scaler', None)
     if scaler is None or not scaler.is_enabled(): raise FloatingPointError(message)
-    warnings.warn(f'{message}; the loss scale skips this step', stacklevel=3)
+    more = '' if found.steps == 1 else f' (and {found.steps - 1} more since)'
+    warnings.warn(f'{message}; the loss scale skips this step{more}', stacklevel=3)
 
-def _score(distill, mask):
-    "Both networks on this batch."
-    theirs, distill.distiller.teacher_logits = distill.distiller.teacher_logits, None
-    if theirs is None or mask is None: return
-    if distill.scores is None: distill.scores = TeacherCheck(theirs.shape[1], distill.loss_func)
-    distill.scores.update(theirs, logits_of(distill.pred), mask)
+def _look(distill, values, task):
+    "Whether the batch's terms are finite, and both networks' scores on it."
+    step, distill.distiller.compared = distill.distiller.compared, None
+    if step is None: return
+    found = distill.finite.look({name: value for name, (value, _) in values.items()}, task, step.teacher.logits,
+                                step.student.logits, (distill.epoch, distill.iter))
+    _report(distill, found)
+    if step.mask is None: return
+    if distill.scores is None: distill.scores = TeacherCheck(step.teacher.logits.shape[1])
+    distill.scores.update(step.teacher.logits, step.student.logits, step.mask)
 
 # %% ../nbs/07_distill.ipynb #531ff030
+def _task(learn, x):
+    "The learner's own loss; none in a batch without labels."
+    if not len(learn.yb): return x.new_zeros(())
+    check_task(learn.loss_grad)
+    return learn.loss_grad
+
 def _add_terms(distill, learn):
     "Add Σ λ·term to the loss that is optimised and to the one that is recorded."
     x, mask = learn.xb[0].as_subclass(Tensor), learn.yb[0].as_subclass(Tensor) if len(learn.yb) else None
-    values = distill.distiller(x, mask, learn.pred, learn.pct_train, learn.loss_grad)
-    distill.weights = dict.fromkeys(distill.terms, 0.) | {name: weight for name, (_, weight) in values.items()}
-    _check_finite(distill, values)
+    task = learn.loss_grad = _task(learn, x)
+    values = distill.distiller(x, mask, learn.pred, learn.pct_train, task)
+    distill.used = dict.fromkeys(distill.terms, 0.) | {name: weight for name, (_, weight) in values.items()}
+    _look(distill, values, task)
     for name, (value, weight) in values.items():
         learn.loss_grad = learn.loss_grad + weight * value
-        distill.smooth[name].accumulate(SimpleNamespace(loss=value))
+        distill.smooth[name].accumulate(value)
     learn.loss = learn.loss_grad.clone()
-    _score(distill, mask)
 
 # %% ../nbs/07_distill.ipynb #ae03376d
 def _begin_fit(distill):
-    distill.trained, distill.warned, distill.scores, distill.weights = False, False, None, {}
-    distill.smooth = {name: AvgSmoothLoss(beta=distill.beta) for name in distill.terms}
-    _leave_optimiser(distill)  # where the last fit broke off
+    distill.trained, distill.warned, distill.scores, distill.used = False, False, None, {}
+    distill.smooth = {name: Smooth(beta=distill.beta) for name in distill.terms}
+    distill.finite = FiniteWatch(distill.terms)
+    distill.broke_off(distill.learn)  # where the last fit did
     _start(distill, distill.learn)
 
 def _begin_epoch(distill):
-    distill.trained, distill.scores = True, None
+    distill.trained = True
+    if distill.scores: distill.scores.reset()
     _guard_batches(distill, distill.learn)
 
+def _settle(distill):
+    "Look at what was left on the device, before anything is saved."
+    _report(distill, distill.finite.settle())
+    distill.distiller.settle()
+
 def _end_epoch(distill):
-    vars(distill.learn).pop('one_batch', None)
+    _unguard_batches(distill.learn)
+    _settle(distill)
     _warn_of_teacher(distill)
+
+def _end_fit(distill):
+    if distill.distiller: _settle(distill)  # a fit that was cancelled within an epoch
+    _put_back(distill)
+    distill.distiller = None
 
 # %% ../nbs/07_distill.ipynb #1764dcf9
 class Distill(_Joined):
@@ -231,21 +216,32 @@ class Distill(_Joined):
         teacher: nn.Module,  # the trained network; frozen, put into eval mode and moved to the learner's device
         terms: Term | Iterable[Term],  # a term such as `ClassAttention()`, or several
         *,
-        show_teacher: bool = False,  # columns for the teacher's loss and both networks' mean IoU on training batches
+        student_output: Read = None,  # from what the student returns to logits (B, C, H, W); None: found
+        teacher_output: Read = None,  # the same for the teacher
+        classes: Classes = None,  # {teacher class: student class}, or their two lists of names; None: the same classes
+        show_teacher: bool = False,  # columns for both networks' mean IoU on training batches
         beta: float = .98,  # smoothing of the columns, as for fastai's `train_loss`
     ) -> None:
         if not isinstance(teacher, nn.Module):
             raise TypeError(f'the teacher is a {type(teacher).__name__}: give a trained torch.nn.Module')
         self.teacher, self.terms, self.show_teacher, self.beta = teacher, named_terms(terms), show_teacher, beta
-        self.companions, self.distiller, self.own_group = (_TermColumns(self), _LeaveLate(self)), None, None
-        self.trained, self.warned, self.scores, self.smooth, self.weights = False, False, None, {}, {}
+        self.reading = dict(student_output=student_output, teacher_output=teacher_output,
+                            classes=common_classes(classes))
+        self.companions, self.distiller, self.own_group = (TermColumns(self), _LeaveLate(self)), None, None
+        self.trained, self.warned, self.told, self.scores, self.finite = False, False, False, None, None
+        self.smooth, self.used, self.kept = {}, {}, {}
 
     def before_fit(self) -> None: fitting(self.learn) and _begin_fit(self)
     def before_train(self) -> None: _begin_epoch(self)
     def after_loss(self) -> None: _add_terms(self, self.learn)
     def after_backward(self) -> None: same_gradients(self.distiller.parameters())
     def after_train(self) -> None: _end_epoch(self)
-    def after_fit(self) -> None: self.distiller = None if fitting(self.learn) else self.distiller
+    def after_fit(self) -> None: fitting(self.learn) and _end_fit(self)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        "The weights of the last batch, by the terms' names."
+        return {name: float(weight) for name, weight in self.used.items()}
 
     def value(self, name: str) -> float:
         "A term's smoothed value, before its weight; NaN where it was never computed."
@@ -253,7 +249,8 @@ class Distill(_Joined):
 
     def columns(self) -> dict[str, float]:
         "The progress table's columns of this callback, with their present values."
-        shown = (self.scores.values() if self.scores else _NOBODY) if self.show_teacher else {}
+        nobody = dict.fromkeys(TeacherCheck.COLUMNS, float('nan'))
+        shown = (self.scores.values() if self.scores else nobody) if self.show_teacher else {}
         return {**{name: self.value(name) for name in self.terms}, **shown}
 
 # %% ../nbs/07_distill.ipynb #01dadf8b
@@ -271,11 +268,15 @@ class CAMDistill(Distill):
         second_order: bool = True,  # differentiate the maps' weights too, which teaches the layers behind
         absent: bool = False,  # ask about classes that the image does not hold as well, for `region='all'`
         distance: Distance | None = None,  # None: `map_distance`, centred where the maps are signed
-        show_teacher: bool = False,  # columns for the teacher's loss and both networks' mean IoU on training batches
+        student_output: Read = None,  # from what the student returns to logits (B, C, H, W); None: found
+        teacher_output: Read = None,  # the same for the teacher
+        classes: Classes = None,  # {teacher class: student class}, or their two lists of names; None: the same classes
+        show_teacher: bool = False,  # columns for both networks' mean IoU on training batches
     ) -> None:
         term = ClassAttention(weight, layers, region=region, max_classes=max_classes, method=method, signed=signed,
                               second_order=second_order, absent=absent, distance=distance)
-        super().__init__(teacher, term, show_teacher=show_teacher)
+        super().__init__(teacher, term, student_output=student_output, teacher_output=teacher_output, classes=classes,
+                         show_teacher=show_teacher)
 
 # %% ../nbs/07_distill.ipynb #eb23dfd2
 explain_classes(globals())

@@ -6,7 +6,7 @@
 __all__ = ['Distiller']
 
 # %% ../nbs/engine/distiller.ipynb #ba2e86af
-import math
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -16,105 +16,67 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .attention import map_forward
+from .classes import Classes, common_classes
 from .explain import explain_classes
+from .inputs import (Reader, check_classes, check_logits, check_networks, check_task, checked_mask, checked_value,
+                             named_terms)
 from .layers import Taps, is_compiled, unwrapped
-from .tensors import eval_mode, logits_of
+from .pulls import Pulls, teaches
+from .tensors import Read, eval_mode, logits_of
 from .terms import Side, Step, Term
-
-# %% ../nbs/engine/distiller.ipynb #ce70cc96
-def named_terms(
-    terms: Term | Iterable[Term],  # a term, or several
-) -> dict[str, Term]:  # name -> term; a second term of one kind is called `name_2`
-    "The terms by the names of their columns."
-    listed = [terms] if isinstance(terms, Term) else list(terms)
-    wrong = next((t for t in listed if not isinstance(t, Term)), None)
-    if wrong is not None: raise TypeError(f'{wrong!r} is no term: give objects such as ClassAttention() or PixelKD()')
-    if not listed: raise ValueError('no terms given: give at least one, such as ClassAttention()')
-    named: dict[str, Term] = {}
-    for term in listed:
-        names = [term.name, *(f'{term.name}_{n}' for n in range(2, len(listed) + 2))]
-        named[next(name for name in names if name not in named)] = term
-    return named
-
-# %% ../nbs/engine/distiller.ipynb #76ef8f6f
-def pull(
-    loss: Tensor,  # scalar
-    at: list[Tensor],  # what it depends on
-) -> float:  # Euclidean norm of the gradient of `loss` with respect to `at`
-    "How strongly a loss pulls at some activations."
-    scale = 2.**12
-    parts = torch.autograd.grad(loss * scale, at, retain_graph=True, allow_unused=True)
-    if any(part is None for part in parts):
-        raise ValueError('the loss does not depend on these activations: a compiled student hides how, '
-                         'so measure an eager one')
-    return torch.stack([part.float().norm() for part in parts]).norm().item() / scale
-
-# %% ../nbs/engine/distiller.ipynb #972e08f7
-def _over_processes(values):
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(values)
-    return values
-
-def _measure(term, step, value, task):
-    "Add this batch's pulls to the term's sums."
-    batches, task_sum, term_sum = term.pulls
-    at = [step.student.activations[path] for path in term.pairs] or [step.student.logits]
-    both = [pull(task, at), pull(value, at)] if value.requires_grad else [0., 0.]  # a batch that asks for nothing
-    both = _over_processes(torch.tensor(both, device=value.device)).tolist()
-    if both[1] and all(map(math.isfinite, both)): term.pulls = batches + 1, task_sum + both[0], term_sum + both[1]
-
-def _scale(term, step, value, task):
-    "What a relative weight is multiplied with: how much harder the task pulls than the term; 1 for other weights."
-    if term.relative is None: return 1.
-    if task is None:
-        raise ValueError(f'{term.name} has a relative weight: give the task loss, '
-                         'as in distiller(x, mask, output, task=loss)')
-    if term.pulls[0] < term.relative.steps: _measure(term, step, value, task)
-    return term.pulls[1] / term.pulls[2] if term.pulls[2] else 0.
-
-# %% ../nbs/engine/distiller.ipynb #dc75c4e0
-def _check_networks(student, teacher):
-    for role, model in (('student', student), ('teacher', teacher)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f'the {role} is a {type(model).__name__}: give a torch.nn.Module')
-    shared = {id(p) for p in unwrapped(student).parameters()} & {id(p) for p in teacher.parameters()}
-    if not shared: return
-    raise ValueError(f'student and teacher share {len(shared)} parameters: give a copy, as in copy.deepcopy(teacher)')
-
-def _checked_mask(mask):
-    if mask is None: return None
-    if mask.is_floating_point():
-        raise TypeError(f'the mask holds {mask.dtype}: give class indices, int64; '
-                        'callbacks that blend two masks, such as MixUp, leave none')
-    if mask.ndim != 3: raise ValueError(f'a mask of shape {tuple(mask.shape)}: give (B, H, W)')
-    return mask.long()
-
-def _check_step(step):
-    ours, theirs = step.student.logits.shape[1], step.teacher.logits.shape[1]
-    if ours == theirs: return
-    raise ValueError(f'the student gives {ours} classes and the teacher {theirs}: '
-                     'give networks for the same classes, in the same order')
+from .watch import LabelWatch
 
 # %% ../nbs/engine/distiller.ipynb #9a83f82c
-def _teacher_side(teacher, x, terms):
+def _in_its_precision(model, x):
+    "Images as a network's weights want them; under autocast PyTorch sees to it."
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return x if like is None or torch.is_autocast_enabled(x.device.type) else x.to(like.dtype)
+
+def _teacher_side(teacher, x, terms, read=logits_of):
     paths = list(dict.fromkeys(path for term in terms for path in term.pairs.values()))
     if teacher.training: teacher.eval()
-    if any(term.reads_maps for term in terms): return Side(teacher, *map_forward(teacher, x, paths))
+    x = _in_its_precision(teacher, x)
+    if any(term.reads_maps for term in terms): return Side(teacher, *map_forward(teacher, x, paths, output=read), read)
     with torch.no_grad():
-        if not paths: return Side(teacher, logits_of(teacher(x)))
-        with Taps(teacher, paths) as taps: return Side(teacher, logits_of(teacher(x)), taps.activations)
+        if not paths: return Side(teacher, read(teacher(x)), read=read)
+        with Taps(teacher, paths) as taps: return Side(teacher, read(teacher(x)), taps.activations, read)
 
 # %% ../nbs/engine/distiller.ipynb #df956e1d
-def _materialise(terms, student, teacher, size=64):
+def _materialise(distiller, terms, size=64):
     "Give lazy parameters of terms their shapes."
     lazy = [term for term in terms if any(map(is_lazy, term.parameters()))]
     if not lazy: return
+    student, (read, theirs) = distiller.student, distiller.readers
     like = next(student.parameters())
     x, paths = like.new_zeros(2, 3, size, size), list(dict.fromkeys(path for term in lazy for path in term.pairs))
-    with eval_mode(student), torch.no_grad(), Taps(student, paths) as taps: logits = logits_of(student(x))
-    ours, theirs = Side(student, logits, taps.activations), _teacher_side(teacher, x, lazy)
+    with eval_mode(student), torch.no_grad(), Taps(student, paths) as taps: logits = read(student(x))
+    ours, theirs = Side(student, logits, taps.activations, read), _teacher_side(distiller.teacher, x, lazy, theirs)
     step = Step(x, x.new_zeros(2, size, size).long(), ours, theirs)
-    with torch.no_grad():
-        for term in lazy: term.to(like.device).forward(step)  # which does not count as a call
+    for term in lazy:
+        with eval_mode(term.to(like.device)), torch.no_grad(): term.forward(step)  # which does not count as a call
+
+# %% ../nbs/engine/distiller.ipynb #d0f408d6
+_taught: weakref.WeakKeyDictionary[Term, tuple[weakref.ref, weakref.ref]] = weakref.WeakKeyDictionary()
+
+def _begin(distiller):
+    "Find each term's layers, and give it the parameters and the device that it begins with."
+    student, teacher, terms = distiller.student, distiller.teacher, list(distiller.terms.values())
+    if isinstance(teacher, nn.DataParallel) and any(term.layers is None or len(term.layers) for term in terms):
+        raise TypeError('the teacher is a DataParallel, which copies the network for each device, where taps do not '
+                        'see it: give the network in it, teacher.module')
+    for term in terms: term.attach(student, teacher)
+    _materialise(distiller, terms)
+    for term in terms:
+        term.to(next(student.parameters()).device).begin(student)
+        _taught[term] = weakref.ref(student), weakref.ref(teacher)
+
+def _check_owner(distiller):
+    "The terms have begun with these two networks."
+    for name, term in distiller.terms.items():
+        student, teacher = _taught[term]
+        if student() is distiller.student and teacher() is distiller.teacher: continue
+        raise ValueError(f'{name} has begun with other networks since, in another Distiller: give each a term of its '
+                         'own, as in copy.deepcopy(term)')
 
 # %% ../nbs/engine/distiller.ipynb #5cb8de8e
 @dataclass
@@ -122,7 +84,7 @@ class Losses:
     "What one distillation step gave."
     total: Tensor  # scalar: task + Σ λ·term, to be differentiated
     task: Tensor  # scalar; 0 for unlabelled images
-    terms: dict[str, tuple[Tensor, float]]  # name -> value and weight
+    terms: dict[str, tuple[Tensor, float | Tensor]]  # name -> value and weight
     output: object  # what the student returned
 
 # %% ../nbs/engine/distiller.ipynb #ce1b585f
@@ -134,10 +96,16 @@ def _missed(compiled):
 
 def _compare(distiller, x, mask, output, activations):
     "Both networks on one batch, as the terms see it."
-    student = Side(distiller.student, logits_of(output), activations)
+    read, theirs = distiller.readers
+    logits, mask = read.logits(output), checked_mask(mask, x)
+    check_logits('student', logits, x)
     if len(activations) < len(distiller.paths): raise ValueError(_missed(is_compiled(distiller.given)))
-    step = Step(x, mask, student, _teacher_side(distiller.teacher, x, distiller.terms.values()))
-    _check_step(step)
+    if mask is not None: distiller.labels.look(mask, logits.shape[1])
+    if mask is not None and read.common: mask = read.common.labels(mask)
+    teacher = _teacher_side(distiller.teacher, x, distiller.terms.values(), theirs)
+    check_logits('teacher', teacher.logits, x)
+    step = Step(x, mask, Side(distiller.student, read.compared(logits), activations, read), teacher)
+    check_classes(step)
     return step
 
 # %% ../nbs/engine/distiller.ipynb #f2c36b52
@@ -154,7 +122,7 @@ class TappedPair(nn.Module):
         teacher: nn.Module,  # the network to learn from; frozen and put into eval mode
     ) -> None:
         super().__init__()
-        _check_networks(student, teacher)
+        check_networks(student, teacher)
         self.__dict__.update(given=student, student=unwrapped(student), teacher=teacher)
         self.paths: list[str] = []  # of the student's layers
         self._taps, self._activations = None, {}
@@ -171,49 +139,70 @@ class TappedPair(nn.Module):
         taps.__exit__(*error)
         self._activations = taps.activations
 
-# %% ../nbs/engine/distiller.ipynb #fb3bf72c
-def _begin(student, teacher, terms):
-    "Find each term's layers, and give it the parameters and the device that it begins with."
-    for term in terms: term.attach(student, teacher)
-    _materialise(terms, student, teacher)
-    for term in terms: term.to(next(student.parameters()).device).begin(student)
-
 # %% ../nbs/engine/distiller.ipynb #386faa35
+def _check_call(distiller):
+    _check_owner(distiller)
+    if torch.is_inference_mode_enabled() and any(term.reads_maps for term in distiller.terms.values()):
+        raise ValueError('class attention needs gradients, and torch.inference_mode() forbids them: '
+                         'use torch.no_grad(), or no block at all')
+
+def _values(distiller, terms, step):
+    "What the terms say; each is asked, until it has shown it, whether it teaches the student."
+    values = {name: checked_value(name, term(step)) for name, term in terms.items()}
+    distiller.shown |= {name for name, term in terms.items()
+                        if name not in distiller.shown and teaches(name, term, step, values[name])}
+    return values
+
 def _terms_on(distiller, x, mask, output, progress, task):
     "Each term's value and weight."
-    mask = _checked_mask(mask)
     distiller.__exit__()  # the terms may run the student again: not through these taps
-    activations, distiller._activations, distiller.teacher_logits = distiller._activations, {}, None
+    activations, distiller._activations, distiller.compared = distiller._activations, {}, None
     weights = {name: term.weight_at(progress) for name, term in distiller.terms.items()}
+    checked_mask(mask, x)
     if not any(weights.values()): return {}
-    step = _compare(distiller, x, mask, output, activations)
-    distiller.teacher_logits = step.teacher.logits.detach()
+    _check_call(distiller)
+    step = distiller.compared = _compare(distiller, x, mask, output, activations)
     used = {name: term for name, term in distiller.terms.items() if weights[name]}
-    values = {name: term(step) for name, term in used.items()}
-    return {name: (values[name], weights[name] * _scale(term, step, values[name], task)) for name, term in used.items()}
+    values = _values(distiller, used, step)
+    scale = distiller.pulls.scale
+    return {name: (values[name], weights[name] * scale(name, term, step, values[name], task))
+            for name, term in used.items()}
 
+# %% ../nbs/engine/distiller.ipynb #fb5fd247
 def _step(distiller, x, mask, loss_func, progress):
     if mask is not None and loss_func is None:
         raise ValueError('no loss_func given: give the task loss, as in step(x, mask, SegLoss())')
     with distiller: output = distiller.given(x)
     task = x.new_zeros(()) if mask is None else loss_func(output, mask)
+    check_task(task)
     terms = distiller(x, mask, output, progress, task)
     return Losses(sum((weight * value for value, weight in terms.values()), task), task, terms, output)
+
+def _settle_pulls(distiller, prefix, keep_vars): distiller.pulls.settle(dict(distiller.terms.items()))
 
 # %% ../nbs/engine/distiller.ipynb #5ba06791
 class Distiller(TappedPair):
     "Frozen teacher, tapped student and terms, for any training loop; its parameters are those of the terms."
-    teacher_logits: Tensor | None = None  # of the last call, (B, C, H, W); None where no term had a weight
+    compared: Step | None = None  # the last batch as the terms saw it; None where no term had a weight
 
     def __init__(self,
         student: nn.Module,  # the network that is trained; nothing of it is changed
         teacher: nn.Module,  # the network to learn from; frozen and put into eval mode
         terms: Term | Iterable[Term],  # a term such as `ClassAttention()`, or several
+        *,
+        student_output: Read = None,  # from what the student returns to logits (B, C, H, W); None: found
+        teacher_output: Read = None,  # the same for the teacher
+        classes: Classes = None,  # {teacher class: student class}, or their two lists of names; None: the same classes
     ) -> None:
         super().__init__(student, teacher)
+        common = common_classes(classes)
+        self.readers = Reader('student', student_output, common), Reader('teacher', teacher_output, common)
         self.terms = nn.ModuleDict(named_terms(terms))
-        _begin(self.student, teacher, list(self.terms.values()))
+        self.labels, self.pulls, self.shown = LabelWatch(), Pulls(), set[str]()
+        _begin(self)
         self.paths = list(dict.fromkeys(path for term in self.terms.values() for path in term.pairs))
+        self.register_state_dict_pre_hook(_settle_pulls)
+        if common is not classes and common.vocabs: print(common)
 
     def __call__(self,
         x: Tensor,  # images, (B, 3, H, W)
@@ -221,7 +210,7 @@ class Distiller(TappedPair):
         output: object,  # what the student gave for `x` inside the `with` block
         progress: float = 0.,  # 0 at the start of training to 1 at its end, for the terms' schedules
         task: Tensor | None = None,  # the task loss on this batch, scalar; for relative weights
-    ) -> dict[str, tuple[Tensor, float]]:  # name -> value, a scalar, and the weight to add it with
+    ) -> dict[str, tuple[Tensor, float | Tensor]]:  # name -> value, a scalar, and the weight to add it with
         "Each term's value on this batch; terms whose weight is 0 are not computed."
         return _terms_on(self, x, mask, output, progress, task)
 
@@ -233,6 +222,11 @@ class Distiller(TappedPair):
     ) -> Losses:
         "One training step but for its end: the student, the task loss, the terms. Differentiate `total`."
         return _step(self, x, mask, loss_func, progress)
+
+    def settle(self) -> None:
+        "Wait for a GPU, and look at what was left there: labels that no class has, and pulls of relative weights."
+        self.labels.settle()
+        self.pulls.settle(dict(self.terms.items()))
 
 # %% ../nbs/engine/distiller.ipynb #9bf687ba
 explain_classes(globals())

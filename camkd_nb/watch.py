@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/watch.ipynb #b7f8eb69
+# %% ../nbs/engine/watch.ipynb #3bed0c93
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .explain import explain_classes
 from .voc import VOID
 
-# %% ../nbs/engine/watch.ipynb #989652c5
+# %% ../nbs/engine/watch.ipynb #ac309af2
 def check_class_count(
     n_classes: int,  # of the logits
 ) -> None:
@@ -25,7 +25,7 @@ def check_class_count(
     raise ValueError(f'{n_classes} classes: the label {VOID} means void, so a network can have {VOID} at most; '
                      'merge or leave out classes')
 
-# %% ../nbs/engine/watch.ipynb #e9ac34b4
+# %% ../nbs/engine/watch.ipynb #d8a09677
 def outsider(
     labels: Tensor,  # class indices, int64, any shape
     n_classes: int,
@@ -46,7 +46,7 @@ def check_outsider(
     raise ValueError(f'found the label {label} with {n_classes} classes: labels are 0 to {n_classes - 1}, '
                      f'or {VOID} for void; {fix}')
 
-# %% ../nbs/engine/watch.ipynb #ae49c3b6
+# %% ../nbs/engine/watch.ipynb #8dfd6733
 class LabelWatch:
     "Finds labels that no class has: at once on a CPU and in the first batch, else when one asks."
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class LabelWatch:
         kept, self._kept = self._kept, None
         if kept is not None: check_outsider(int(kept[0]), kept[1])
 
-# %% ../nbs/engine/watch.ipynb #3d4f290c
+# %% ../nbs/engine/watch.ipynb #601b53d7
 def _is_finite(x):
     "Whether a tensor is finite, as a scalar on its device: 1 or 0."
     return torch.stack(torch.aminmax(x.detach())).isfinite().all().float()
@@ -87,7 +87,7 @@ class NotFinite:
     teacher: bool  # whether the teacher's logits were
     student: bool
 
-# %% ../nbs/engine/watch.ipynb #cdcf43c0
+# %% ../nbs/engine/watch.ipynb #a406b68e
 def _record(names, values, task, teacher, student):
     "What is kept of a batch: float32, (n + 3,), on its device; 0 for a term that was not computed."
     losses = [*(values.get(name, task.new_zeros(())) for name in names), task]
@@ -103,7 +103,7 @@ def _first_broken(names, kept):
     task, teacher, student = row[len(names):]
     return NotFinite(name, value, *when, len(broken), math.isfinite(task), bool(teacher), bool(student))
 
-# %% ../nbs/engine/watch.ipynb #6b23247f
+# %% ../nbs/engine/watch.ipynb #d6fbb3ec
 class FiniteWatch:
     "Notices terms that are not finite: at once on a CPU and in the first batch, else after every so many batches."
     def __init__(self,
@@ -132,5 +132,20 @@ class FiniteWatch:
         kept, self._kept = self._kept, []
         return _first_broken(self.names, kept) if kept else None
 
-# %% ../nbs/engine/watch.ipynb #3cebbab2
+# %% ../nbs/engine/watch.ipynb #63db8093
+def cause_of(
+    found: NotFinite,
+    teacher: nn.Module,
+) -> str:
+    "Why a term is not finite, for all that can be known."
+    if not found.teacher:
+        weights = teacher.state_dict().items()
+        broken = next((name for name, t in weights if t.is_floating_point() and not t.isfinite().all()), None)
+        of = 'all its weights are finite' if broken is None else f'nor is its {broken!r}'
+        return (f"the teacher's logits are not finite ({of}): check its weights file, the images and the normalisation "
+                'that it gets, and whether it can run in this precision')
+    return 'lower its weight or the learning rate' if found.student and found.task else (
+        "the student's own logits are not finite: lower the learning rate")
+
+# %% ../nbs/engine/watch.ipynb #3563e67d
 explain_classes(globals())

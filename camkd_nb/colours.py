@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/colours.ipynb #fba068cd
+# %% ../nbs/engine/colours.ipynb #58df577c
 import csv, difflib, re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .lists import text_lines
 from .photos import open_picture, stored_indices
 from .voc import VOID
 
-# %% ../nbs/engine/colours.ipynb #5859b0c2
+# %% ../nbs/engine/colours.ipynb #332f11be
 Colour = tuple[int, ...]  # red, green, blue, each 0..255
 
 @dataclass
@@ -35,7 +35,7 @@ _FORMS = (r'(?P<name>[^:]+):(?P<rgb>\d+,\d+,\d+):.*', r'(?P<rgb>\d+\s+\d+\s+\d+)
           r'(?P<rgb>\d+,\s*\d+,\s*\d+),\s*(?P<name>[^\d,][^,]*)', r'(?P<name>[^,]+),\s*(?P<rgb>\d+,\s*\d+,\s*\d+)',
           r'(?P<name>[^:,]+):*')
 
-# %% ../nbs/engine/colours.ipynb #35146076
+# %% ../nbs/engine/colours.ipynb #df11a75b
 def _table_rows(lines):
     "The entries of a table with a header, or None."
     header = [cell.strip().lower() for cell in lines[0].split(',')]
@@ -65,7 +65,7 @@ def read_entries(
     except (ValueError, IndexError) as e:
         raise ValueError(f'{file}: not a list of classes ({e}). Write a line such as "128 0 0 car" for each.') from None
 
-# %% ../nbs/engine/colours.ipynb #6d79bac0
+# %% ../nbs/engine/colours.ipynb #a824880a
 @dataclass
 class Legend:
     "From keys, values, colours or labels, to class indices."
@@ -86,7 +86,7 @@ class Legend:
         if index is None: self.unknown.setdefault(key, {})[str(where)] = None
         return VOID if index is None else index
 
-# %% ../nbs/engine/colours.ipynb #a0d5f4a3
+# %% ../nbs/engine/colours.ipynb #5d633611
 def first_few(
     names: Sequence[Any],
     n: int,  # how many to say
@@ -119,19 +119,26 @@ def make_legend(
     void = dict.fromkeys(void, VOID)
     return Legend(vocab, {**kept, **chosen, **void}, rest, frozenset(chosen | void))
 
-# %% ../nbs/engine/colours.ipynb #97ca02b2
+# %% ../nbs/engine/colours.ipynb #019efdca
 explain_classes(globals())
 
-# %% ../nbs/engine/colours.ipynb #2b0ee747
+# %% ../nbs/engine/colours.ipynb #fe0986a1
 def _packed(rgb): return (rgb.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(2, dtype=np.uint32)
+
+def _index(values):
+    "The different values of an array, and the position of each pixel's among them; runs are looked at as one."
+    flat = values.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    found, position = np.unique(flat[starts], return_inverse=True)
+    return found, np.repeat(position, np.diff(starts, append=flat.size)).reshape(values.shape)
 
 def _colours_of(rgb, where):
     "The colours of a picture, and the position of each pixel's colour among them."
-    found, position = np.unique(_packed(rgb), return_inverse=True)
+    found, position = _index(_packed(rgb))
     if len(found) > 1000:
         raise ValueError(f'{where}: {len(found)} colours in a mask. It was saved as JPEG or resized smoothly, which '
                          'mixes colours at outlines. Export the masks again as PNG, at the size of the photos.')
-    return [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found], position.reshape(rgb.shape[:2])
+    return [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found], position
 
 def _grey(rgb): return bool((rgb == rgb[..., :1]).all())
 
@@ -139,7 +146,7 @@ def _wide(picture):
     "Whether values above 255 can be in it."
     return picture.format not in ('JPEG', 'MPO', 'WEBP') and picture.mode[:1] == "I"
 
-# %% ../nbs/engine/colours.ipynb #e19a56f0
+# %% ../nbs/engine/colours.ipynb #e8ca816b
 def mask_keys(
     file: Path,  # of a mask
     coloured: bool,  # its colours are listed
@@ -155,9 +162,8 @@ def mask_keys(
         raise ValueError(f'{file}: a mask in colours ({first_few(colours, 4)}), and no list says what they mean. Give '
                          "one: colours='label_colors.txt', or colours=[(0, 0, 0), (128, 0, 0), ...], one a class.")
     values = np.asarray(picture) if _wide(picture) else stored_indices(picture, file)
-    found, position = np.unique(values, return_inverse=True)
-    keys = found.tolist()
-    return ([(key,) * 3 for key in keys] if coloured else keys), position.reshape(values.shape)
+    found, position = _index(values)
+    return [(key,) * 3 if coloured else key for key in found.tolist()], position
 
 def read_foreign(
     file: Path,  # of a mask
@@ -168,7 +174,7 @@ def read_foreign(
     keys, position = mask_keys(file, coloured)
     return np.array([legend.index_of(key, file) for key in keys], np.uint8)[position]
 
-# %% ../nbs/engine/colours.ipynb #dcf3fa7b
+# %% ../nbs/engine/colours.ipynb #20d28961
 def _nearest(colour, legend):
     listed = [key for key in legend.known if isinstance(key, tuple)]
     near = min(listed, key=lambda key: sum((a - b)**2 for a, b in zip(key, colour)))
@@ -195,12 +201,12 @@ def refuse_unknown(
 ) -> None:
     "Raise a `ValueError` about the most frequent key without an answer."
     if not legend.unknown: return
-    key, files = max(legend.unknown.items(), key=lambda item: len(item[1]))
+    key, files = max(sorted(legend.unknown.items(), key=str), key=lambda item: len(item[1]))
     others = [other for other in legend.unknown if other != key]
     more = f' So are {len(others)} others: {", ".join(map(repr, others[:8]))}.' if others else ''
-    raise ValueError(f'{next(iter(files))}: {_remedy(key, legend)} It is in {len(files)} of {n_files} files.{more}')
+    raise ValueError(f'{min(files)}: {_remedy(key, legend)} It is in {len(files)} of {n_files} files.{more}')
 
-# %% ../nbs/engine/colours.ipynb #91ad88ec
+# %% ../nbs/engine/colours.ipynb #d4efac79
 def refuse_binary(
     legend: Legend,  # of values, after all masks were read
 ) -> None:
@@ -210,7 +216,7 @@ def refuse_binary(
                      f'be left. If 255 is {legend.vocab[-1]!r}, give mapping={{255: {len(legend.vocab) - 1}}}; '
                      'if it is void, give void=255.')
 
-# %% ../nbs/engine/colours.ipynb #a58e281c
+# %% ../nbs/engine/colours.ipynb #8231cbe8
 def as_colour(
     colour: Any,  # '#8000ff', or red, green and blue
 ) -> Colour:
@@ -234,7 +240,7 @@ def given_entries(
                          'and void=[...] for colours that are void.')
     return [Entry(name, as_colour(colour)) for name, colour in zip(classes, colours)]
 
-# %% ../nbs/engine/colours.ipynb #b6759d58
+# %% ../nbs/engine/colours.ipynb #cc28e416
 def as_list(
     void: Any,  # None, one key or several; a tuple is a colour
 ) -> list[Any]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['voc_gather']
 
-# %% ../nbs/engine/gather.ipynb #1256285a
+# %% ../nbs/engine/gather.ipynb #066c648e
 import os, re, shutil, sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ from .explain import Parser
 from .files import fingerprint, locked_folder, whole_folder
 from .outlines import Sheet
 from .pairs import make_splits
-from .photos import open_picture, orientation, to_rgb
-from .plans import Meaning, annotation_files, drawn_upright, plan_masks, plan_outlines
+from .photos import open_picture, to_rgb
+from .plans import Meaning, annotation_files, drawn_upright, header_of, plan_masks, plan_outlines
 from .voc import write_mask
 
-# %% ../nbs/engine/gather.ipynb #da36b916
+# %% ../nbs/engine/gather.ipynb #96859458
 def _place(photo, file, link):
     "Link or copy a file."
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,13 +39,13 @@ def _place(photo, file, link):
 
 def _write_photo(task, file, link):
     "Put the photo of a task into the tree; the file's name lacks its suffix."
-    inside = isinstance(task.photo, bytes)
-    picture = open_picture(BytesIO(task.photo) if inside else task.photo)
-    if isinstance(task.source, Sheet) and orientation(picture) != 1:
+    _, tag, kind = header_of(task.photo)
+    if isinstance(task.source, Sheet) and tag != 1:
+        picture = open_picture(BytesIO(task.photo) if isinstance(task.photo, bytes) else task.photo)
         _, upright = drawn_upright(task.photo, task.source)
         pixels = to_rgb(picture, task.item.name) if upright else np.asarray(picture.convert('RGB'))
         Image.fromarray(pixels).save(f'{file}.png')
-    elif inside: Path(f'{file}.{"png" if picture.format == "PNG" else "jpg"}').write_bytes(task.photo)
+    elif isinstance(task.photo, bytes): Path(f'{file}.{"png" if kind == "PNG" else "jpg"}').write_bytes(task.photo)
     else: _place(task.photo, file.with_name(file.name + task.photo.suffix), link)
 
 def _write(task, plan, draft, link):
@@ -55,7 +55,7 @@ def _write(task, plan, draft, link):
     write_mask(plan.mask_of(task), mask)
     _write_photo(task, draft/f'JPEGImages/{task.item.id}', link)
 
-# %% ../nbs/engine/gather.ipynb #467251fe
+# %% ../nbs/engine/gather.ipynb #a6b10aca
 def _write_all(plan, draft, link, progress):
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         done = pool.map(lambda task: _write(task, plan, draft, link), plan.tasks)
@@ -69,7 +69,7 @@ def _write_lists(plan, draft, lists):
     for name, ids in lists.items(): (folder/f'{name}.txt').write_text('\n'.join(ids) + '\n', encoding='utf-8')
     (draft/'classes.txt').write_text('\n'.join(plan.legend.vocab) + '\n', encoding='utf-8')
 
-# %% ../nbs/engine/gather.ipynb #06b62a11
+# %% ../nbs/engine/gather.ipynb #ec412a0c
 def _refuse_lost(plan, partial):
     "Raise where photos are missing and may not be left out; say what is left out."
     if plan.lost and not partial:
@@ -86,7 +86,7 @@ def _say_frames(ids, groups):
     print(f"the names look like frames of {len(films)} recordings ({first_few(sorted(films), 3)}), which resemble each "
           r"other: groups=r'^(.*?)\d+$' keeps each of them in one list")
 
-# %% ../nbs/engine/gather.ipynb #7176e312
+# %% ../nbs/engine/gather.ipynb #4842622d
 def _mark(plan, arguments):
     "What a tree was made of."
     files = {file for task in plan.tasks for file in (task.photo, getattr(task.source, 'where', task.source))
@@ -102,7 +102,7 @@ def _is_made(dest, mark):
     raise ValueError(f'{dest}: something is there that was not made of these sources in this way. '
                      'Give another folder, or remove it.')
 
-# %% ../nbs/engine/gather.ipynb #153d0e87
+# %% ../nbs/engine/gather.ipynb #abebbbff
 def _make(dest, plan, mark, options):
     "Write the tree; how many images each list has, and where the lists come from."
     lists, where = make_splits([task.item for task in plan.tasks], options['splits'], seed=options['seed'],
@@ -123,7 +123,7 @@ def _class_names(classes):
     else: raise ValueError(f'classes={str(classes)!r}: no such file. Give a list of names, or a file of them.')
     return [name for name in names if name != '__ignore__']
 
-# %% ../nbs/engine/gather.ipynb #ed789e88
+# %% ../nbs/engine/gather.ipynb #f167f11b
 def voc_gather(
     dest: str | Path,  # the tree to make
     images: str | Path,  # folder of photos, or a pattern such as 'photos/**/*.jpg'
@@ -155,7 +155,7 @@ def voc_gather(
     if progress: print(voc_check(dest))
     return dest
 
-# %% ../nbs/engine/gather.ipynb #8a672f1e
+# %% ../nbs/engine/gather.ipynb #891956fc
 def _listed(text): return [part.strip() for part in (text or '').split(',') if part.strip()]
 
 def _key(text): return int(text) if re.fullmatch(r'-?\d+', text) else as_colour(text) if text[:1] == '#' else text
@@ -173,10 +173,10 @@ def _share(text):
 
 def _file_or(text, made): return text if Path(text).expanduser().is_file() else made(text)
 
-# %% ../nbs/engine/gather.ipynb #3772df2a
+# %% ../nbs/engine/gather.ipynb #f5fc8378
 def _parser():
     parser = Parser('camkd-gather', 'Make a tree in the layout of Pascal VOC, which camkd-demo and voc_dls read, of '
-                    'photos and masks, or of what labelme, CVAT, Roboflow or COCO tools export. Sources stay unchanged.')
+                    'photos and masks, or of what labelme, CVAT, Roboflow or COCO tools export. Sources are kept.')
     add = parser.add_argument
     add('dest', help='folder to make')
     add('images', help="folder of photos, or a quoted pattern such as 'photos/**/*.jpg'")
@@ -198,7 +198,7 @@ def _parser():
     add('--seed', type=int, default=0, metavar='N', help='of the draw of lists')
     return parser
 
-# %% ../nbs/engine/gather.ipynb #df664e9b
+# %% ../nbs/engine/gather.ipynb #e33e4931
 def _in_words_of_the_command(text):
     "An error of `voc_gather` with arguments as the command writes them."
     text = re.sub(r'mapping=\{(.*?)\}', lambda m: '--mapping ' + re.sub("[' ]", '', m[1]).replace(':', '='), text)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/plans.ipynb #6fb838e9
+# %% ../nbs/engine/plans.ipynb #279bc7bd
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from .pairs import Item, base_of, divide, make_pairs, pictures, split_name
 from .photos import open_picture, orientation
 from .voc import VOID, background_class, check_pair
 
-# %% ../nbs/engine/plans.ipynb #5f1c37fd
+# %% ../nbs/engine/plans.ipynb #d2e5d16c
 @dataclass
 class Task:
     "One photo, and what its mask is made of."
@@ -54,10 +54,10 @@ class Plan:
     lost: list[str]  # masks or annotations without a photo
     notes: list[str] = field(default_factory=list)  # what the user should know
 
-# %% ../nbs/engine/plans.ipynb #d799b8d7
+# %% ../nbs/engine/plans.ipynb #88ec4a5c
 explain_classes(globals())
 
-# %% ../nbs/engine/plans.ipynb #53334790
+# %% ../nbs/engine/plans.ipynb #9e3282d9
 def _ids(names):
     "Ids without folders where these are unique, else with them."
     clean = [re.sub(r'\.\./|^\.?/+', '', re.sub(r'[\\\\:]|^#', '_', name)) for name in names]
@@ -82,7 +82,7 @@ def _list_folders(*sources):
     near = [folder for source in sources for folder in (source, source.parent)]
     return list(dict.fromkeys([*(folder/'ImageSets/Segmentation' for folder in near), *near]))
 
-# %% ../nbs/engine/plans.ipynb #a77827e2
+# %% ../nbs/engine/plans.ipynb #91eb86a8
 _LISTS = '_classes.csv', 'labelmap.txt', 'label_colors.txt', 'class_dict.csv', 'classes.txt', 'class_names.txt'
 
 def _found_list(masks, photos):
@@ -106,14 +106,22 @@ def _pair_up(images, masks, dest):
     photos = [file for file in photos if photo_base/file not in own]
     return photo_base, mask_base, make_pairs(photos, found, str(mask_base))
 
-# %% ../nbs/engine/plans.ipynb #49bdeb67
-def _shown_sizes(file):
-    "The sizes in which a photo can be meant: as stored, and turned as its tag says."
-    with Image.open(file) as photo:
-        return [photo.size, photo.size[::-1]] if orientation(photo) > 4 else [photo.size]
+# %% ../nbs/engine/plans.ipynb #8c6522d6
+def header_of(
+    photo: Path | bytes,
+) -> tuple[tuple[int, int], int, str]:  # width and height as stored, pixels; orientation tag, 1..8; format
+    "What a photo says of itself, without its pixels."
+    try:
+        with Image.open(BytesIO(photo) if isinstance(photo, bytes) else photo) as picture:
+            return picture.size, orientation(picture), picture.format or ''
+    except FileNotFoundError: raise
+    except Exception as e:  # damaged bytes raise errors of any type
+        name = 'a photo inside an annotation' if isinstance(photo, bytes) else photo
+        raise ValueError(f'{name}: not a readable image ({e}). Fetch or make the file again.') from e
 
 def _mask_of(task, legend, coloured):
-    mask, sizes = read_foreign(task.source, legend, coloured), _shown_sizes(task.photo)
+    mask, (size, tag, _) = read_foreign(task.source, legend, coloured), header_of(task.photo)
+    sizes = [size, size[::-1]] if tag > 4 else [size]  # as stored, and turned as its tag says
     if mask.shape[::-1] not in sizes: check_pair(sizes[-1], mask.shape[::-1], task.source)
     return mask
 
@@ -126,7 +134,7 @@ def _entries(meaning, listed, first_mask):
     else: return [], False
     return entries, not grey and all(entry.colour for entry in entries)
 
-# %% ../nbs/engine/plans.ipynb #6b636c52
+# %% ../nbs/engine/plans.ipynb #15bccb4b
 def plan_masks(
     images: str | Path,  # a folder of photos, or a pattern
     masks: str | Path,  # a folder of masks, or a pattern
@@ -147,7 +155,7 @@ def plan_masks(
     mask_of, folders = partial(_mask_of, legend=legend, coloured=coloured), _list_folders(photo_base, mask_base)
     return Plan(tasks, legend, mask_of, folders, [*map(str, found.photos)], [*map(str, found.masks)], notes)
 
-# %% ../nbs/engine/plans.ipynb #fa0826fd
+# %% ../nbs/engine/plans.ipynb #4f0a098e
 def _finder(images, dest):
     "A function from a sheet to its photo."
     base, known = base_of(images)[0], defaultdict(list)
@@ -166,14 +174,13 @@ def _finder(images, dest):
         return beside if beside.is_file() else embedded_photo(sheet.where)
     return find
 
-# %% ../nbs/engine/plans.ipynb #7b058a4a
+# %% ../nbs/engine/plans.ipynb #156cc7a3
 def drawn_upright(
     photo: Path | bytes,
     sheet: Sheet,
 ) -> tuple[tuple[int, int], bool]:  # width and height in pixels, and whether that is the photo as it is shown
     "On which form of a photo outlines were drawn."
-    picture = open_picture(BytesIO(photo)) if isinstance(photo, bytes) else Image.open(photo)
-    with picture: stored, tag = picture.size, orientation(picture)
+    stored, tag, _ = header_of(photo)
     shown = stored[::-1] if tag > 4 else stored
     size = sheet.size or shown
     if size not in (shown, stored):
@@ -186,7 +193,7 @@ def _draw(task, legend, ground):
     where = f'{task.source.where} ({task.source.photo})'
     return task.source.draw(size, lambda label: legend.index_of(label, where), ground)
 
-# %% ../nbs/engine/plans.ipynb #4e8bc654
+# %% ../nbs/engine/plans.ipynb #e1ad73d0
 def _label_legend(labels, meaning):
     "What the labels of outlines mean, and what the user should know of it."
     said, notes, nothing = list(meaning.classes or []), [], {'__ignore__', *(n for n in labels if n.lower() == 'void')}
@@ -203,7 +210,7 @@ def _label_legend(labels, meaning):
     own |= {name: index for index, name in enumerate(vocab)}
     return make_legend(vocab, own, meaning.mapping, meaning.void), notes
 
-# %% ../nbs/engine/plans.ipynb #6fb77ebc
+# %% ../nbs/engine/plans.ipynb #5d40ac39
 def annotation_files(
     source: str | Path,  # a file, or a folder
 ) -> list[Path]:  # none where it holds masks
@@ -240,7 +247,7 @@ def _names(found, base):
     files = ' and '.join(str(sheet.where) for (sheet, _), name in zip(found, names) if name == twice[0])
     raise ValueError(f'{len(twice)} photos are annotated twice, first {twice[0]}, by {files}. Keep one of them.')
 
-# %% ../nbs/engine/plans.ipynb #5dea7182
+# %% ../nbs/engine/plans.ipynb #ab27fe47
 def plan_outlines(
     images: str | Path,  # a folder of photos, or a pattern
     files: Sequence[Path],  # annotations

@@ -127,6 +127,12 @@ def test_damaged_mask_leaves_nothing(tmp_path):
     refused(tmp_path, 'b.png', *folders)
 
 
+def test_damaged_photo_is_named(tmp_path):
+    folders = pairs(tmp_path)
+    (tmp_path/'photos/b.jpg').write_bytes(b'half a picture')
+    refused(tmp_path, 'b.jpg: not a readable image', *folders)
+
+
 # Masks by colour
 
 lists = {'label_colors.txt': '128 128 128\tSky\n64 0 128\t\tCar\n0 0 0\t\tVoid\n', 'labelmap.txt': '# label:color_rgb:parts:actions\nSky:128,128,128::\nCar:64,0,128::\n',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['voc_gather']
 
-# %% ../nbs/engine/gather.ipynb #066c648e
+# %% ../nbs/engine/gather.ipynb #0917c364
 import os, re, shutil, sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from .photos import open_picture, to_rgb
 from .plans import Meaning, annotation_files, drawn_upright, header_of, plan_masks, plan_outlines
 from .voc import write_mask
 
-# %% ../nbs/engine/gather.ipynb #96859458
+# %% ../nbs/engine/gather.ipynb #58780837
 def _place(photo, file, link):
     "Link or copy a file."
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def _write(task, plan, draft, link):
     write_mask(plan.mask_of(task), mask)
     _write_photo(task, draft/f'JPEGImages/{task.item.id}', link)
 
-# %% ../nbs/engine/gather.ipynb #a6b10aca
+# %% ../nbs/engine/gather.ipynb #b7477ecd
 def _write_all(plan, draft, link, progress):
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         done = pool.map(lambda task: _write(task, plan, draft, link), plan.tasks)
@@ -69,13 +69,14 @@ def _write_lists(plan, draft, lists):
     for name, ids in lists.items(): (folder/f'{name}.txt').write_text('\n'.join(ids) + '\n', encoding='utf-8')
     (draft/'classes.txt').write_text('\n'.join(plan.legend.vocab) + '\n', encoding='utf-8')
 
-# %% ../nbs/engine/gather.ipynb #ec412a0c
-def _refuse_lost(plan, partial):
+# %% ../nbs/engine/gather.ipynb #aa36d7c1
+def _refuse_lost(plan, images, partial):
     "Raise where photos are missing and may not be left out; say what is left out."
     if plan.lost and not partial:
-        raise ValueError(f'{len(plan.lost)} of {len(plan.lost) + len(plan.tasks)} masks or annotations have no photo, '
-                         f'first {plan.lost[0]}. Put the photos there, or give partial=True to leave these out.')
-    if not plan.tasks: raise ValueError('no photo of any annotation is there. Give the folder that holds them.')
+        raise ValueError(f'{len(plan.lost)} of {len(plan.lost) + len(plan.tasks)} masks or annotations have no photo '
+                         f'in {images}, first {plan.lost[0]}. Put the photos there, or give partial=True to leave '
+                         'these out.')
+    if not plan.tasks: raise ValueError(f'{images} holds no photo of any annotation. Give the folder that does.')
     for files, what in ((plan.lost, 'photos are missing'), (plan.bare, 'photos have no mask')):
         if files: print(f'{len(files)} {what} and were left out, first {first_few(files, 3)}')
 
@@ -86,7 +87,7 @@ def _say_frames(ids, groups):
     print(f"the names look like frames of {len(films)} recordings ({first_few(sorted(films), 3)}), which resemble each "
           r"other: groups=r'^(.*?)\d+$' keeps each of them in one list")
 
-# %% ../nbs/engine/gather.ipynb #4842622d
+# %% ../nbs/engine/gather.ipynb #6262c583
 def _mark(plan, arguments):
     "What a tree was made of."
     files = {file for task in plan.tasks for file in (task.photo, getattr(task.source, 'where', task.source))
@@ -102,7 +103,7 @@ def _is_made(dest, mark):
     raise ValueError(f'{dest}: something is there that was not made of these sources in this way. '
                      'Give another folder, or remove it.')
 
-# %% ../nbs/engine/gather.ipynb #abebbbff
+# %% ../nbs/engine/gather.ipynb #762fd06a
 def _make(dest, plan, mark, options):
     "Write the tree; how many images each list has, and where the lists come from."
     lists, where = make_splits([task.item for task in plan.tasks], options['splits'], seed=options['seed'],
@@ -123,7 +124,7 @@ def _class_names(classes):
     else: raise ValueError(f'classes={str(classes)!r}: no such file. Give a list of names, or a file of them.')
     return [name for name in names if name != '__ignore__']
 
-# %% ../nbs/engine/gather.ipynb #f167f11b
+# %% ../nbs/engine/gather.ipynb #a46f7800
 def voc_gather(
     dest: str | Path,  # the tree to make
     images: str | Path,  # folder of photos, or a pattern such as 'photos/**/*.jpg'
@@ -150,12 +151,12 @@ def voc_gather(
     dest.parent.mkdir(parents=True, exist_ok=True)
     with locked_folder(dest.parent):
         if not _is_made(dest, mark):
-            _refuse_lost(plan, partial)
+            _refuse_lost(plan, images, partial)
             _make(dest, plan, mark, {**options, 'progress': progress})
     if progress: print(voc_check(dest))
     return dest
 
-# %% ../nbs/engine/gather.ipynb #891956fc
+# %% ../nbs/engine/gather.ipynb #a5aa6f80
 def _listed(text): return [part.strip() for part in (text or '').split(',') if part.strip()]
 
 def _key(text): return int(text) if re.fullmatch(r'-?\d+', text) else as_colour(text) if text[:1] == '#' else text
@@ -173,7 +174,7 @@ def _share(text):
 
 def _file_or(text, made): return text if Path(text).expanduser().is_file() else made(text)
 
-# %% ../nbs/engine/gather.ipynb #f5fc8378
+# %% ../nbs/engine/gather.ipynb #2386ce79
 def _parser():
     parser = Parser('camkd-gather', 'Make a tree in the layout of Pascal VOC, which camkd-demo and voc_dls read, of '
                     'photos and masks, or of what labelme, CVAT, Roboflow or COCO tools export. Sources are kept.')
@@ -198,20 +199,32 @@ def _parser():
     add('--seed', type=int, default=0, metavar='N', help='of the draw of lists')
     return parser
 
-# %% ../nbs/engine/gather.ipynb #e33e4931
+# %% ../nbs/engine/gather.ipynb #28d02254
 def _in_words_of_the_command(text):
     "An error of `voc_gather` with arguments as the command writes them."
-    text = re.sub(r'mapping=\{(.*?)\}', lambda m: '--mapping ' + re.sub("[' ]", '', m[1]).replace(':', '='), text)
-    text = text.replace('partial=True', '--partial').replace('background=False', '--no-background')
-    return re.sub(r'\b(void|classes|colours|splits|groups)=', r'--\1 ', text)
+    def assigned(found): return f'--{found[1]} ' + _quoted(re.sub("[' ]", '', found[2]).replace(':', '='))
+    def as_hex(found): return '#' + ''.join(f'{min(int(c), 255):02x}' for c in found.groups())
+    text = re.sub(r'colours=\[.*?\]', "--colours '#000000,#800000,...'", text)
+    text = re.sub(r'\((\d+), (\d+), (\d+)\)', as_hex, text)
+    text = re.sub(r'(mapping|splits)=\{(.*?)\}', assigned, text)
+    text = re.sub(r"void=\[?'?(.*?)'?\]?(?=[.; ])", lambda found: '--void ' + _quoted(found[1]), text)
+    for old, new in (('classes=[...]', '--classes a,b,c'), ('partial=True', '--partial'),
+                     ('background=False', '--no-background')): text = text.replace(old, new)
+    return re.sub(r'\b(classes|colours|groups)=', r'--\1 ', text)
+
+def _quoted(text): return f"'{text}'" if re.search(r'[#* ]', text) else text
 
 def _gather(args):
     "Carry out a command line."
-    voc_gather(args.dest, args.images, args.masks, classes=args.classes and _file_or(args.classes, _listed),
-               colours=args.colours and _file_or(args.colours, _listed), mapping=_assigned(args.mapping, _key),
-               void=[_key(text) for text in _listed(args.void)], splits=_assigned(args.splits, _share) or None,
-               groups=args.groups, background=not args.no_background, partial=args.partial, link=not args.copy,
-               seed=args.seed)
+    seen = sys.stdout.isatty()
+    tree = voc_gather(
+        args.dest, args.images, args.masks, classes=args.classes and _file_or(args.classes, _listed),
+        colours=args.colours and _file_or(args.colours, _listed), mapping=_assigned(args.mapping, _key),
+        void=[_key(text) for text in _listed(args.void)], splits=_assigned(args.splits, _share) or None,
+        groups=args.groups, background=not args.no_background, partial=args.partial, link=not args.copy,
+        seed=args.seed, progress=seen)
+    if not seen: print(voc_check(tree, progress=False))
+    print(f'{args.dest} is ready: camkd-demo --data {args.dest}')
 
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: the process's own

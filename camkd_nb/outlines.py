@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/outlines.ipynb #684cf3e6
+# %% ../nbs/engine/outlines.ipynb #dc44e4c1
 import base64, json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from PIL import Image
 
 from .explain import explain_classes
 
-# %% ../nbs/engine/outlines.ipynb #84cd4db7
+# %% ../nbs/engine/outlines.ipynb #ab4cf47c
 Part = tuple[int, int, np.ndarray]  # left, top, and which pixels from there on are covered, bool, (h, w)
 
 def _window(points, size):
@@ -45,7 +45,7 @@ def polygon_part(
         np.add.at(flips, (row, column), 1)
     return left, top, flips.cumsum(1)[:, :-1] % 2 == 1
 
-# %% ../nbs/engine/outlines.ipynb #65d973b7
+# %% ../nbs/engine/outlines.ipynb #f9a5b826
 def ellipse_part(
     centre: tuple[float, float],  # x, y, pixels
     radii: tuple[float, float],  # along x and along y, pixels
@@ -69,7 +69,7 @@ def paint(
     seen = canvas[y:max(top + inside.shape[0], 0), x:max(left + inside.shape[1], 0)]
     seen[inside[y - top:, x - left:][:seen.shape[0], :seen.shape[1]]] = value
 
-# %% ../nbs/engine/outlines.ipynb #aa778055
+# %% ../nbs/engine/outlines.ipynb #21d6fc02
 def runs_mask(
     counts: Iterable[int],  # lengths of runs, outside first
     shape: tuple[int, int],  # height and width, pixels
@@ -86,7 +86,7 @@ def _compressed(code, shape):
     except ImportError: raise ValueError('the runs are compressed. Run: pip install pycocotools') from None
     return decode({'size': list(shape), 'counts': code}).astype(bool)
 
-# %% ../nbs/engine/outlines.ipynb #c0e79c29
+# %% ../nbs/engine/outlines.ipynb #731cb0af
 @dataclass
 class Outline:
     "One object: its label, and its pixels for a size of the photo."
@@ -116,10 +116,10 @@ class Sheet:
             for part in parts: paint(canvas, part, value)
         return canvas
 
-# %% ../nbs/engine/outlines.ipynb #79963679
+# %% ../nbs/engine/outlines.ipynb #c4811d51
 explain_classes(globals())
 
-# %% ../nbs/engine/outlines.ipynb #c3e23a62
+# %% ../nbs/engine/outlines.ipynb #69d7e181
 def _labelme_part(shape, size):
     points = np.asarray(shape['points'], float).reshape(-1, 2)
     kind = shape.get('shape_type') or 'polygon'
@@ -145,7 +145,7 @@ def _with_holes(shapes, size):
         canvas = canvas & ~own if (canvas[own == 1] == 1).all() else canvas | own
     return [(0, 0, canvas == 1)]
 
-# %% ../nbs/engine/outlines.ipynb #aaf44978
+# %% ../nbs/engine/outlines.ipynb #d484334c
 def _labelme_object(shapes):
     if len(shapes) == 1: return lambda size: [_labelme_part(shapes[0], size)]
     return lambda size: _with_holes(shapes, size)
@@ -165,7 +165,7 @@ def _labelme(file, data):
     return Sheet(photo, (width, height) if width and height else None, file,
                  [Outline(label, _labelme_object(shapes)) for (label, *_), shapes in objects.items()])
 
-# %% ../nbs/engine/outlines.ipynb #28f7b27d
+# %% ../nbs/engine/outlines.ipynb #b6583722
 def _coco_object(file, annotation):
     "What gives the pixels of a COCO annotation."
     code, number = annotation.get('segmentation'), annotation.get('id')
@@ -200,7 +200,7 @@ def _coco(file, data):
 
 def _size(image): return (image['width'], image['height']) if image.get('width') and image.get('height') else None
 
-# %% ../nbs/engine/outlines.ipynb #81d5a660
+# %% ../nbs/engine/outlines.ipynb #6ccfbfbc
 def _numbers(text): return [float(number) for number in text.replace(';', ',').split(',')]
 
 def _turned(corners, degrees):
@@ -226,7 +226,7 @@ def _cvat_parts(kind, given, size):
 
 _CVAT_NUMBERS = 'xtl ytl xbr ybr cx cy rx ry left top width height'.split()
 
-# %% ../nbs/engine/outlines.ipynb #deff60c4
+# %% ../nbs/engine/outlines.ipynb #6a6d2bad
 def _cvat_sheet(file, image):
     found = [element for element in image if element.tag != 'tag']
     for element in found:
@@ -249,7 +249,7 @@ def _cvat(file, root):
 
 def _labels(sheets): return sorted({outline.label for sheet in sheets for outline in sheet.outlines})
 
-# %% ../nbs/engine/outlines.ipynb #6459e08d
+# %% ../nbs/engine/outlines.ipynb #15e92187
 KINDS = 'labelme JSON, COCO JSON, CVAT for images 1.1 (XML)'
 
 def _parsed(file):
@@ -272,7 +272,7 @@ def _one_sheet(file, data):
     sheet = _labelme(file, data)
     return [sheet], _labels([sheet])
 
-# %% ../nbs/engine/outlines.ipynb #09e454a4
+# %% ../nbs/engine/outlines.ipynb #a8632f2c
 def is_annotation(
     file: Path,
 ) -> bool:
@@ -283,10 +283,10 @@ def read_annotation(
     file: Path,
 ) -> tuple[list[Sheet], list[str]]:  # a sheet a photo, and the labels in the tool's order
     "The outlines in a file of any known kind."
-    if file.suffix.lower() not in ('.json', '.xml'): read, seen = None, f'what {file.suffix or "no suffix"} stands for'
+    if file.suffix.lower() not in ('.json', '.xml'): read, seen = None, f'a file {file.suffix or "without suffix"}'
     else: read, seen = _kind(content := _parsed(file))
-    if read is None: raise ValueError(f'{file}: no known kind of annotation, it holds {seen}. Known are {KINDS}, '
-                                      'and folders of masks.')
+    if read is None: raise ValueError(f'{file}: {seen} is no known annotation. Known are {KINDS}, and folders of '
+                                      'masks. Unpack an archive first, or export in another format.')
     try: return read(file, content)
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise ValueError(f'{file}: cut or changed, an entry lacks {e}. Export it again.') from e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/plans.ipynb #279bc7bd
+# %% ../nbs/engine/plans.ipynb #956b0318
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from .pairs import Item, base_of, divide, make_pairs, pictures, split_name
 from .photos import open_picture, orientation
 from .voc import VOID, background_class, check_pair
 
-# %% ../nbs/engine/plans.ipynb #d2e5d16c
+# %% ../nbs/engine/plans.ipynb #a09eb1a8
 @dataclass
 class Task:
     "One photo, and what its mask is made of."
@@ -54,10 +54,10 @@ class Plan:
     lost: list[str]  # masks or annotations without a photo
     notes: list[str] = field(default_factory=list)  # what the user should know
 
-# %% ../nbs/engine/plans.ipynb #88ec4a5c
+# %% ../nbs/engine/plans.ipynb #ad5edd39
 explain_classes(globals())
 
-# %% ../nbs/engine/plans.ipynb #9e3282d9
+# %% ../nbs/engine/plans.ipynb #cfb7e7fd
 def _ids(names):
     "Ids without folders where these are unique, else with them."
     clean = [re.sub(r'\.\./|^\.?/+', '', re.sub(r'[\\\\:]|^#', '_', name)) for name in names]
@@ -82,7 +82,7 @@ def _list_folders(*sources):
     near = [folder for source in sources for folder in (source, source.parent)]
     return list(dict.fromkeys([*(folder/'ImageSets/Segmentation' for folder in near), *near]))
 
-# %% ../nbs/engine/plans.ipynb #91eb86a8
+# %% ../nbs/engine/plans.ipynb #99d0b7f6
 _LISTS = '_classes.csv', 'labelmap.txt', 'label_colors.txt', 'class_dict.csv', 'classes.txt', 'class_names.txt'
 
 def _found_list(masks, photos):
@@ -106,7 +106,7 @@ def _pair_up(images, masks, dest):
     photos = [file for file in photos if photo_base/file not in own]
     return photo_base, mask_base, make_pairs(photos, found, str(mask_base))
 
-# %% ../nbs/engine/plans.ipynb #8c6522d6
+# %% ../nbs/engine/plans.ipynb #da90b3f4
 def header_of(
     photo: Path | bytes,
 ) -> tuple[tuple[int, int], int, str]:  # width and height as stored, pixels; orientation tag, 1..8; format
@@ -134,7 +134,7 @@ def _entries(meaning, listed, first_mask):
     else: return [], False
     return entries, not grey and all(entry.colour for entry in entries)
 
-# %% ../nbs/engine/plans.ipynb #15bccb4b
+# %% ../nbs/engine/plans.ipynb #07aaf77b
 def plan_masks(
     images: str | Path,  # a folder of photos, or a pattern
     masks: str | Path,  # a folder of masks, or a pattern
@@ -155,11 +155,11 @@ def plan_masks(
     mask_of, folders = partial(_mask_of, legend=legend, coloured=coloured), _list_folders(photo_base, mask_base)
     return Plan(tasks, legend, mask_of, folders, [*map(str, found.photos)], [*map(str, found.masks)], notes)
 
-# %% ../nbs/engine/plans.ipynb #4f0a098e
-def _finder(images, dest):
-    "A function from a sheet to its photo."
-    base, known = base_of(images)[0], defaultdict(list)
-    for file in pictures(images, dest):
+# %% ../nbs/engine/plans.ipynb #d17f4b23
+def _finder(base, photos):
+    "A function from a sheet to its photo, of those below a folder."
+    known = defaultdict(list)
+    for file in photos:
         for name in {file.as_posix(), file.name, file.stem}: known[name].append(file)
     def find(sheet):
         path = PurePosixPath(sheet.photo)
@@ -174,7 +174,7 @@ def _finder(images, dest):
         return beside if beside.is_file() else embedded_photo(sheet.where)
     return find
 
-# %% ../nbs/engine/plans.ipynb #156cc7a3
+# %% ../nbs/engine/plans.ipynb #d943f9fe
 def drawn_upright(
     photo: Path | bytes,
     sheet: Sheet,
@@ -193,7 +193,7 @@ def _draw(task, legend, ground):
     where = f'{task.source.where} ({task.source.photo})'
     return task.source.draw(size, lambda label: legend.index_of(label, where), ground)
 
-# %% ../nbs/engine/plans.ipynb #e1ad73d0
+# %% ../nbs/engine/plans.ipynb #491effcc
 def _label_legend(labels, meaning):
     "What the labels of outlines mean, and what the user should know of it."
     said, notes, nothing = list(meaning.classes or []), [], {'__ignore__', *(n for n in labels if n.lower() == 'void')}
@@ -210,7 +210,7 @@ def _label_legend(labels, meaning):
     own |= {name: index for index, name in enumerate(vocab)}
     return make_legend(vocab, own, meaning.mapping, meaning.void), notes
 
-# %% ../nbs/engine/plans.ipynb #5d40ac39
+# %% ../nbs/engine/plans.ipynb #d7103f2c
 def annotation_files(
     source: str | Path,  # a file, or a folder
 ) -> list[Path]:  # none where it holds masks
@@ -220,7 +220,7 @@ def annotation_files(
     files = [file for kind in ('json', 'xml') for file in sorted(path.rglob(f'*.{kind}')) if file.name[0] != '.']
     if any(map(is_annotation, files[:5])): return files
     if path.is_dir() and not pictures(path):
-        seen = f'files such as {files[0].name}' if files else 'no pictures'
+        seen = next((f'files such as {file.name}' for file in files or sorted(path.rglob('*.*'))), 'no files')
         raise ValueError(f'{path}: {seen}, and nothing that is known. Known are {KINDS}, and folders of masks.')
     return []
 
@@ -247,7 +247,7 @@ def _names(found, base):
     files = ' and '.join(str(sheet.where) for (sheet, _), name in zip(found, names) if name == twice[0])
     raise ValueError(f'{len(twice)} photos are annotated twice, first {twice[0]}, by {files}. Keep one of them.')
 
-# %% ../nbs/engine/plans.ipynb #ab27fe47
+# %% ../nbs/engine/plans.ipynb #85568110
 def plan_outlines(
     images: str | Path,  # a folder of photos, or a pattern
     files: Sequence[Path],  # annotations
@@ -255,12 +255,15 @@ def plan_outlines(
     meaning: Meaning,
 ) -> Plan:
     "The plan for annotation files."
-    (sheets, labels), find, base = _all_sheets(files), _finder(images, dest), base_of(images)[0]
+    (sheets, labels), base, photos = _all_sheets(files), base_of(images)[0], pictures(images, dest)
+    find = _finder(base, photos)
     legend, notes = _label_legend(labels, meaning)
     found = [(sheet, find(sheet)) for sheet in sheets]
     lost = [sheet.photo for sheet, photo in found if photo is None]
     found = [(sheet, photo) for sheet, photo in found if photo is not None]
     items = _items(_names(found, base), [sheet.split for sheet, _ in found])
     tasks = [Task(item, photo, sheet) for item, (sheet, photo) in zip(items, found)]
-    ground = 0 if meaning.background else VOID
-    return Plan(tasks, legend, partial(_draw, legend=legend, ground=ground), _list_folders(base), [], lost, notes)
+    draw = partial(_draw, legend=legend, ground=0 if meaning.background else VOID)
+    used = {photo for _, photo in found if isinstance(photo, Path)}
+    bare = [str(file) for file in photos if base/file not in used]
+    return Plan(tasks, legend, draw, _list_folders(base), bare, lost, notes)

@@ -20,6 +20,7 @@ import numpy as np
 from fastprogress import progress_bar
 
 from .explain import explain_classes
+from .lettering import write_ticks
 from .lists import NAME_FILES, picture_files, read_ids, read_names, split_lists
 from .inspection import noted, read_pair
 from .signs import reordered
@@ -62,10 +63,10 @@ def _bars(found, figsize):
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=figsize, layout='constrained', dpi=70)
     labelled, background = 100 * found.pixels / max(1, found.pixels.sum()), background_class(found.vocab)
     shown = [c for c in range(len(found.vocab)) if c != background]
-    names = [found.vocab[c].replace('$', r'\$') for c in shown]  # else matplotlib reads $...$ as mathematics
     for ax, values, label in zip(axes, (found.images, labelled), ('images', '% of the labelled pixels')):
-        ax.barh(names, values[shown], color=voc_palette()[shown] / 255)
+        ax.barh(range(len(shown)), values[shown], color=voc_palette()[shown] / 255)
         ax.set_xlabel(label)
+        write_ticks(ax.yaxis, range(len(shown)), [found.vocab[c] for c in shown])
     ax.invert_yaxis()
     plt.close(figure)  # who shows it decides when: Jupyter would draw an open one once more
     return figure

@@ -6,10 +6,7 @@
 __all__ = ['overlay_map', 'overlay_mask']
 
 # %% ../nbs/engine/drawing.ipynb #4b6af72b
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -20,13 +17,13 @@ from matplotlib.backend_bases import RendererBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from torch import Tensor
 
 from .explain import explain_classes
+from .lettering import write
 from .tensors import resize
 from .voc import VOID, background_class, color_mask
 
@@ -140,54 +137,21 @@ def class_legend(
     for text, c in zip(legend.get_texts(), present):  # as it is: matplotlib leaves out labels that begin with _
         text.set(text='void' if c == VOID else vocab[c], parse_math=False)
 
-# %% ../nbs/engine/drawing.ipynb #a1a2e28c
-def _lacks(file, characters):
-    has = get_font(file).get_char_index
-    return {c for c in characters if c.isprintable() and not has(ord(c))}
-
-@cache
-def _font_with(characters):
-    "The name of an installed font that has all of the characters, or None."
-    for font in fontManager.ttflist:
-        if font.name.startswith('Last Resort'): continue  # boxes for everything
-        try:
-            if not _lacks(font.fname, characters): return font.name
-        except (OSError, RuntimeError): continue  # removed since, or damaged
-
-def _lend_font(fig):
-    "Give texts whose font lacks characters one that has them; the characters for which there is none."
-    texts = [(text, _lacks(findfont(text.get_fontproperties()), text.get_text())) for text in fig.findobj(Text)]
-    missing = frozenset().union(*(lacking for _, lacking in texts))
-    other = _font_with(missing) if missing else None
-    for text, lacking in texts:
-        family = text.get_fontfamily()
-        if other and lacking and other not in family: text.set_fontfamily([*family, other])
-    return '' if other else ''.join(sorted(missing))
-
-@contextmanager
-def _legible(fig) -> Iterator[None]:
-    "Inside the block, names in any script are drawn, with at most one warning."
-    missing = _lend_font(fig)
-    if missing and fig._said != missing:
-        warnings.warn(f'no installed font has {missing!r}: these characters are drawn as boxes; install one that has '
-                      'them, such as Noto Sans CJK, and start Python again', stacklevel=4)
-    fig._said = missing
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing from')
-        yield
-
 # %% ../nbs/engine/drawing.ipynb #54f911c9
 class Page(Figure):
-    "A figure that notebooks show without pyplot."
-    _said = ''  # the characters of which it was said that no font has them
-
+    "A figure that notebooks show without pyplot, with names in any script."
     def savefig(self, *args: object, **kwargs: object) -> None:  # of `Figure.savefig`
         "Save the figure."
-        with _legible(self): super().savefig(*args, **kwargs)
+        self._write()
+        super().savefig(*args, **kwargs)
 
     def draw(self, renderer: RendererBase) -> None:
         "Draw the figure."
-        with _legible(self): super().draw(renderer)
+        self._write()
+        super().draw(renderer)
+
+    def _write(self):
+        for text in self.findobj(Text): write(text, text.get_text())
 
     def _repr_png_(self) -> bytes:
         self.savefig(buffer := BytesIO(), format='png', bbox_inches='tight')

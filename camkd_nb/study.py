@@ -22,6 +22,7 @@ from .distill import Distill
 from .evaluate import Evaluation, evaluate
 from .explain import explain_classes
 from .files import whole_file
+from .lettering import write, write_ticks
 from .losses import ClassAttention
 from .rows import COLUMNS, append_row, read_rows
 from .terms import Step, Term, describe, described_option
@@ -101,8 +102,8 @@ def plot_gains(
     sides = [table.gain - table.low, table.high - table.gain]
     ax.errorbar(table.gain, rows + .22, xerr=sides, fmt='|', color='black', capsize=3, ms=9)
     ax.axvline(0, color='gray', lw=.8)
-    ax.set_yticks(rows, table.index, parse_math=False)
-    ax.set_xlabel(f'gain over {baseline!r}, points of mIoU', parse_math=False)
+    write_ticks(ax.yaxis, rows, table.index)
+    write(ax.xaxis.label, f'gain over {baseline!r}, points of mIoU')
     ax.set_ylim(len(table) - .5, -.5)
     return ax
 

@@ -21,6 +21,7 @@ from .explain import explain_classes
 from .inputs import (Reader, check_classes, check_logits, check_networks, check_task, checked_mask, checked_value,
                              named_terms)
 from .layers import Taps, is_compiled, unwrapped
+from .probes import accepted
 from .pulls import Pulls, teaches
 from .tensors import Read, eval_mode, logits_of
 from .terms import Side, Step, Term
@@ -42,18 +43,24 @@ def _teacher_side(teacher, x, terms, read=logits_of):
         with Taps(teacher, paths) as taps: return Side(teacher, read(teacher(x)), taps.activations, read)
 
 # %% ../nbs/engine/distiller.ipynb #df956e1d
-def _materialise(distiller, terms, size=64):
-    "Give lazy parameters of terms their shapes."
+def _sides(distiller, x, terms):
+    "Both networks on a batch, without a gradient."
+    student, (ours, theirs) = distiller.student, distiller.readers
+    paths = list(dict.fromkeys(path for term in terms for path in term.pairs))
+    with eval_mode(student), torch.no_grad(), Taps(student, paths) as taps: logits = ours(student(x))
+    sides = Side(student, logits, taps.activations, ours), _teacher_side(distiller.teacher, x, terms, theirs)
+    return Step(x, torch.zeros(len(x), *x.shape[-2:], dtype=torch.long, device=x.device), *sides)
+
+def _materialise(distiller, terms):
+    "Give lazy parameters of terms their shapes, with a small batch that both networks take."
     lazy = [term for term in terms if any(map(is_lazy, term.parameters()))]
     if not lazy: return
-    student, (read, theirs) = distiller.student, distiller.readers
-    like = next(student.parameters())
-    x, paths = like.new_zeros(2, 3, size, size), list(dict.fromkeys(path for term in lazy for path in term.pairs))
-    with eval_mode(student), torch.no_grad(), Taps(student, paths) as taps: logits = read(student(x))
-    ours, theirs = Side(student, logits, taps.activations, read), _teacher_side(distiller.teacher, x, lazy, theirs)
-    step = Step(x, x.new_zeros(2, size, size).long(), ours, theirs)
+    try: step = _sides(distiller, accepted(distiller.student), lazy)
+    except Exception:  # the teacher may take images of another size only
+        x = accepted(distiller.teacher)
+        step = _sides(distiller, _in_its_precision(distiller.student, x), lazy)
     for term in lazy:
-        with eval_mode(term.to(like.device)), torch.no_grad(): term.forward(step)  # which does not count as a call
+        with eval_mode(term.to(step.x.device)), torch.no_grad(): term.forward(step)  # which does not count as a call
 
 # %% ../nbs/engine/distiller.ipynb #d0f408d6
 _taught: weakref.WeakKeyDictionary[Term, tuple[weakref.ref, weakref.ref]] = weakref.WeakKeyDictionary()

@@ -37,6 +37,16 @@ def _with_events(learn, work, event, *args, **kwargs):
 
 def _attached(learn): return [cb for cb in learn.cbs if isinstance(cb, Attached)]
 
+def _check_free(cb, learn):
+    "A callback belongs to one learner, once."
+    name = type(cb).__name__
+    if cb in learn.cbs:
+        raise ValueError(f'this {name} is in the learner already: give it once, to the learner or to `fit`; '
+                         'it is taken out with `learn.remove_cb(...)`')
+    if cb._learner not in (None, learn):
+        raise ValueError(f'this {name} belongs to another learner: remove it there, as in `learn.remove_cb(...)`, or '
+                         'make another one')
+
 # %% ../nbs/engine/groups.ipynb #bc921c2c
 class Attached(Callback):
     "A callback that is told when it comes to a learner, when it goes, and when a fit breaks off."
@@ -50,6 +60,7 @@ class Attached(Callback):
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
         "Set up when the callback comes to a learner, clean up when it goes."
+        if learn is not None: _check_free(self, learn)
         last, self._learner = self._learner, learn
         if learn is not None:
             learn._with_events = partial(_with_events, learn)

@@ -63,6 +63,9 @@ def check_networks(
     for role, model in (('student', student), ('teacher', teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f'the {role} is a {type(model).__name__}: give a torch.nn.Module')
+    if isinstance(student, nn.DataParallel):
+        raise TypeError('the student is a DataParallel, which copies the network for each device, where taps do not '
+                        'see it: use DistributedDataParallel, as `learn.distrib_ctx()` does, or its `.module`')
     shared = {id(p) for p in unwrapped(student).parameters()} & {id(p) for p in teacher.parameters()}
     if not shared: return
     raise ValueError(f'student and teacher share {len(shared)} parameters: give a copy, as in copy.deepcopy(teacher)')
@@ -96,7 +99,7 @@ class Reader:
         "All of its logits."
         try: return logits_of(raw, self.output)
         except (TypeError, ValueError) as error:
-            fix = '' if self.output else f'; or give {self.role}_output, a function from the output to logits'
+            fix = '' if self.output else f'; {self.role}_output takes such a function, from the output to logits'
             raise type(error)(f'the {self.role}: {error}{fix}') from None
 
     def compared(self,

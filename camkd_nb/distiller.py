@@ -101,7 +101,7 @@ def _missed(compiled):
                 'run torch.compiler.reset() and call it again')
     return 'the student ran outside the block: write `with distiller: output = student(x)` before this call'
 
-def _compare(distiller, x, mask, output, activations):
+def _compare(distiller, x, mask, output, activations, terms):
     "Both networks on one batch, as the terms see it."
     read, theirs = distiller.readers
     logits, mask = read.logits(output), checked_mask(mask, x)
@@ -109,7 +109,7 @@ def _compare(distiller, x, mask, output, activations):
     if len(activations) < len(distiller.paths): raise ValueError(_missed(is_compiled(distiller.given)))
     if mask is not None: distiller.labels.look(mask, logits.shape[1])
     if mask is not None and read.common: mask = read.common.labels(mask)
-    teacher = _teacher_side(distiller.teacher, x, distiller.terms.values(), theirs)
+    teacher = _teacher_side(distiller.teacher, x, terms, theirs)
     check_logits('teacher', teacher.logits, x)
     step = Step(x, mask, Side(distiller.student, read.compared(logits), activations, read), teacher)
     check_classes(step)
@@ -164,12 +164,12 @@ def _terms_on(distiller, x, mask, output, progress, task):
     "Each term's value and weight."
     distiller.__exit__()  # the terms may run the student again: not through these taps
     activations, distiller._activations, distiller.compared = distiller._activations, {}, None
-    weights = {name: term.weight_at(progress) for name, term in distiller.terms.items()}
+    weights = {name: term.weight_on(progress, mask is not None) for name, term in distiller.terms.items()}
     checked_mask(mask, x)
     if not any(weights.values()): return {}
     _check_call(distiller)
-    step = distiller.compared = _compare(distiller, x, mask, output, activations)
     used = {name: term for name, term in distiller.terms.items() if weights[name]}
+    step = distiller.compared = _compare(distiller, x, mask, output, activations, used.values())
     values = _values(distiller, used, step)
     scale = distiller.pulls.scale
     return {name: (values[name], weights[name] * scale(name, term, step, values[name], task))

@@ -250,7 +250,8 @@ def test_sbd_adds_and_never_replaces(sbd, serve):
     listed = voc_add_sbd(root, urls=[server.url], md5=md5(data), progress=False)
     assert server.asked == [0, 100] and listed.read_text().split() == ['a', 'b']
     assert all((root / f'SegmentationClass/{file}').read_bytes() == old for file, old in before.items())
-    assert voc_check(root, progress=False).problems == [] and not (root / 'SBD.tgz').exists()
+    assert {problem.what[:7] for problem in voc_check(root, progress=False).problems} == {'no mask'}  # of most classes
+    assert not (root / 'SBD.tgz').exists()
     assert voc_add_sbd(root) == listed and server.asked == [0, 100]
 
 

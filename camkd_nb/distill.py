@@ -268,13 +268,14 @@ class CAMDistill(Distill):
         second_order: bool = True,  # differentiate the maps' weights too, which teaches the layers behind
         absent: bool = False,  # ask about classes that the image does not hold as well, for `region='all'`
         distance: Distance | None = None,  # None: `map_distance`, centred where the maps are signed
+        every: int = 1,  # 1: on each batch; n: on every n-th only, with n times the weight
         student_output: Read = None,  # from what the student returns to logits (B, C, H, W); None: found
         teacher_output: Read = None,  # the same for the teacher
         classes: Classes = None,  # {teacher class: student class}, or their two lists of names; None: the same classes
         show_teacher: bool = False,  # columns for both networks' mean IoU on training batches
     ) -> None:
         term = ClassAttention(weight, layers, region=region, max_classes=max_classes, method=method, signed=signed,
-                              second_order=second_order, absent=absent, distance=distance)
+                              second_order=second_order, absent=absent, distance=distance, every=every)
         super().__init__(teacher, term, student_output=student_output, teacher_output=teacher_output, classes=classes,
                          show_teacher=show_teacher)
 

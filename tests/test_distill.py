@@ -162,6 +162,17 @@ def test_half_precision_stays_finite_for_200_steps(make, teacher):
     assert weights(learn).isfinite().all()
 
 
+def test_every_nth_batch_alone_costs_and_counts(make, teacher):
+    term, ran = ClassAttention(.2, every=3), []
+    learn = make(cbs=Distill(teacher, [term, PixelKD(weight=lambda progress: 0.)]))
+    hook = teacher.register_forward_hook(lambda *call: ran.append(learn.train_iter))
+    fit(learn, 2)
+    hook.remove()
+    assert term.batches == (8, 0) and term.calls == 3
+    assert set(ran) == {0, 3, 6}  # the teacher ran on no other batch
+    assert all(value == value for value in column(learn, 'class_attention'))
+
+
 def test_memory_stays_flat(teacher):
     data = [(torch.randn(3, 33, 33), torch.randint(0, 7, (33, 33)))] * 800
     learn = Learner(DataLoaders(DataLoader(data, bs=4), DataLoader(data[:4], bs=4)), toy_student(7), loss_func=SegLoss())

@@ -6,23 +6,26 @@
 __all__ = ['predict', 'Evaluation', 'evaluate']
 
 # %% ../nbs/engine/evaluate.ipynb #6f7a49cd
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
-from PIL import Image
 from torch import Tensor, nn
 
 from .explain import explain_classes
 from .files import whole_folder
+from .lists import PHOTO_SUFFIXES
 from .metrics import ConfusionMatrix
-from .tensors import eval_mode, imagenet_stats, logits_of, resize
+from .photos import open_picture, read_photo
+from .tensors import Read, eval_mode, imagenet_stats, logits_of, resize
 from .voc import VOID, check_mask, check_pair, read_image, read_mask, voc_classes, voc_items, voc_root, write_mask
 
 # %% ../nbs/engine/evaluate.ipynb #435ddbd3
@@ -42,22 +45,37 @@ def network_input(
     mean, std = imagenet_stats(x)
     return ((x - mean) / std).to(like.dtype)
 
+# %% ../nbs/engine/evaluate.ipynb #ad2d6e51
+def _logits(model, x, read):
+    "Logits of one input (1, 3, h, w), which is filled up to sides that 32 divides where the network needs it."
+    (height, width), failures = x.shape[-2:], (RuntimeError, ValueError, AssertionError)
+    try: return logits_of(model(x), read).float()
+    except torch.OutOfMemoryError: raise
+    except failures as error: first = error
+    filled = F.pad(x, (0, -width % 32, 0, -height % 32))  # zero is the mean colour
+    try: answer = model(filled)
+    except failures as error:
+        raise ValueError(f'the network fails on an input of {height}×{width} pixels, and filled up to '
+                         f'{filled.shape[-2]}×{filled.shape[-1]}: {error}. If it takes one size only, such as 224, give '
+                         'size=224, pad=True') from first
+    return resize(logits_of(answer, read).float(), filled.shape[-2:])[..., :height, :width]
+
 # %% ../nbs/engine/evaluate.ipynb #b6ce8c66
-def _view_logits(model, image, size, pad, mirrored):
+def _view_logits(model, image, size, pad, mirrored, read):
     "Logits of one photo, seen at one size, resized to the photo's own: float32, (1, C, H, W)."
     x = network_input(image, size, next(model.parameters(), torch.zeros(())), pad=pad)
-    logits = logits_of(model(x.flip(-1) if mirrored else x)).float()
+    logits = _logits(model, x.flip(-1) if mirrored else x, read)
     if mirrored: logits = logits.flip(-1)
     if pad:  # take the grey off again, whatever the stride of the logits
         height, width = (max(1, round(side * len(x[0, 0]) / max(image.shape[:2]))) for side in image.shape[:2])
         logits = resize(logits, x.shape[-2:])[..., :height, :width]
     return resize(logits, image.shape[:2])
 
-def _segment(model, image, size, pad, flip, scales):
+def _segment(model, image, size, pad, flip, scales, read=None):
     "Logits of one photo, or, where there are several views of it, the sum of their class probabilities: (1, C, H, W)."
     sizes = [size if scale == 1 else max(1, round((size or max(image.shape[:2])) * scale)) for scale in scales]
     views = [(side, mirrored) for side in sizes for mirrored in (False, True)[:1 + flip]]
-    logits = (_view_logits(model, image, side, pad, mirrored) for side, mirrored in views)
+    logits = (_view_logits(model, image, side, pad, mirrored, read) for side, mirrored in views)
     return next(logits) if len(views) == 1 else sum(one.softmax(1) for one in logits)
 
 # %% ../nbs/engine/evaluate.ipynb #ef5e8346
@@ -71,35 +89,57 @@ def _check_views(model, size, scales):
         raise ValueError(f'scales={scales!r}: give multiples of the size, for example (0.75, 1, 1.25)')
 
 # %% ../nbs/engine/evaluate.ipynb #cdbd30ec
-def _photo(image):
-    "A photograph as RGB, uint8, (H, W, 3)."
-    if isinstance(image, (str, Path)): return read_image(image)
-    if isinstance(image, Image.Image): return np.array(image.convert('RGB'))
-    array = isinstance(image, np.ndarray)
-    if array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3: return image
-    got = f'an array of {image.dtype} with the shape {image.shape}' if array else f'a {type(image).__name__}'
-    raise TypeError(f'the image is {got}: give a file, a PIL image, or RGB as a uint8 array (H, W, 3)')
-
 def _classes(scores):
     "The class of each pixel, uint8, (H, W), from scores (1, C, H, W)."
     if scores.shape[1] > VOID:
         raise ValueError(f'the logits have {scores.shape[1]} classes: give a network with at most {VOID}')
     return scores[0].max(0).indices.to(torch.uint8).cpu().numpy()
 
+def _photos_in(folder):
+    "The photographs in a folder and those below it, all of them readable."
+    files = [file for file in sorted(folder.rglob('*')) if file.suffix.lower() in PHOTO_SUFFIXES
+             and not any(part[0] == '.' for part in file.relative_to(folder).parts)]
+    if not files: raise ValueError(f'{folder}: no photographs in it. Their names end in {", ".join(PHOTO_SUFFIXES)}.')
+    for stem, n in Counter(file.with_suffix('') for file in files).items():
+        if n > 1: raise ValueError(f'{stem}: {n} photographs have this name, and their masks would. Rename one.')
+    for file in files: open_picture(file)  # now, before the work of an hour is lost
+    return files
+
+def _segment_folder(segment, folder, out, progress):
+    "Write the mask of each photograph in a folder; `segment` makes one."
+    if out is None: raise ValueError(f'{folder} is a folder: give out=, the folder that its masks are to be in')
+    if Path(out).exists() and any(Path(out).iterdir()): raise ValueError(f'{out} holds files: give a new folder')
+    files = _photos_in(folder)
+    with whole_folder(out) as draft:
+        for file in progress_bar(files, leave=False) if progress else files:
+            target = draft/file.relative_to(folder).with_suffix('.png')
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_mask(segment(file), target)
+    return Path(out)
+
 # %% ../nbs/engine/evaluate.ipynb #ea033a2b
 def predict(
     model: nn.Module,  # returns logits (B, C, H, W), or what `logits_of` reads them from
-    image: str | Path | Image.Image | np.ndarray,  # a photograph: file, PIL image, or RGB as uint8 (H, W, 3)
+    photo: Any,  # file, PIL image, array or tensor, as `read_photo` takes it; or a folder of photographs
     size: int | None = None,  # longer side of the network's input, pixels; None: native size
     *,
     pad: bool = False,  # fill the input up to a square with grey 127
     flip: bool = False,  # average with the mirrored image
     scales: Sequence[float] = (1,),  # average over these multiples of the size
-) -> np.ndarray:  # class indices, uint8, at the photograph's own size, (H, W)
+    output: Read = None,  # finds the logits in any other output, such as `lambda output: output[0]`
+    out: str | Path | None = None,  # of a folder: where its masks go, as palette PNGs; new or empty
+    progress: bool = True,  # of a folder: show a progress bar
+) -> np.ndarray | Path:  # class indices, uint8, at the photograph's own size, (H, W); of a folder: `out`
     "The class of each pixel of a photograph, as `evaluate` scores it."
     _check_views(model, size, scales)
-    photo = _photo(image)
-    with eval_mode(model), torch.no_grad(): return _classes(_segment(model, photo, size, pad, flip, scales))
+    def _mask_of(one):
+        image = read_photo(one)
+        with eval_mode(model), torch.no_grad():
+            return _classes(_segment(model, image, size, pad, flip, scales, output))
+    if isinstance(photo, (str, Path)) and Path(photo).is_dir():
+        return _segment_folder(_mask_of, Path(photo), out, progress)
+    if out is not None: raise ValueError("out= is for a folder: save one mask with write_mask(predict(...), 'mask.png')")
+    return _mask_of(photo)
 
 # %% ../nbs/engine/evaluate.ipynb #0b1be3a1
 @dataclass
@@ -126,6 +166,10 @@ def _results_folder(save_to, tree, split):
         raise ValueError(f'{folder} holds files: remove them, or give another save_to')
     return folder
 
+def _save(mask, file):
+    file.parent.mkdir(parents=True, exist_ok=True)  # an id may have folders in it
+    write_mask(mask, file)
+
 # %% ../nbs/engine/evaluate.ipynb #09b12207
 def evaluate(
     model: nn.Module,  # returns logits (B, C, H, W), or what `logits_of` reads them from
@@ -136,6 +180,7 @@ def evaluate(
     pad: bool = False,  # fill the input up to a square with grey 127
     flip: bool = False,  # average with the mirrored image
     scales: Sequence[float] = (1,),  # average over these multiples of the size
+    output: Read = None,  # finds the logits in any other output, such as `lambda output: output[0]`
     save_to: str | Path | None = None,  # folder for predictions, as palette PNGs in the layout of a VOC submission
     progress: bool = True,  # show a progress bar
 ) -> Evaluation:  # scores over all labelled pixels of the split
@@ -147,9 +192,9 @@ def evaluate(
     with whole_folder(folder) if folder else nullcontext() as draft, eval_mode(model), torch.no_grad():
         for files in progress_bar(items, leave=False) if progress else items:
             image, mask = _read_pair(files, len(vocab))
-            scores = _segment(model, image, size, pad, flip, scales)
+            scores = _segment(model, image, size, pad, flip, scales, output)
             confusion.update(scores, torch.tensor(mask, device=like.device)[None])
-            if draft: write_mask(_classes(scores), draft/files[1].name)
+            if draft: _save(_classes(scores), draft/files[1].relative_to(root/'SegmentationClass'))
     return Evaluation(confusion.miou(), confusion.pixel_accuracy(), confusion.table(vocab), confusion.matrix.cpu())
 
 # %% ../nbs/engine/evaluate.ipynb #25ee4214

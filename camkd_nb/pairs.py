@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/pairs.ipynb #21972b66
+# %% ../nbs/engine/pairs.ipynb #d1037682
 import random, re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from .colours import first_few
 from .explain import explain_classes
 from .lists import PHOTO_SUFFIXES, text_lines
 
-# %% ../nbs/engine/pairs.ipynb #3279aaed
+# %% ../nbs/engine/pairs.ipynb #b44cf5e2
 def base_of(
     source: str | Path,  # a folder, or a pattern of files below one
 ) -> tuple[Path, str]:  # the folder, and the pattern below it
@@ -25,8 +25,9 @@ def base_of(
     path = Path(source).expanduser()
     if path.is_dir(): return path, '**/*'
     fixed = next((i for i, part in enumerate(path.parts) if re.search(r'[*?[]', part)), None)
-    if fixed is None: raise ValueError(f'{path}: no such folder. Give a folder of pictures, or a pattern such as '
-                                       "'masks/**/*_labels.png'.")
+    if fixed is None:
+        what = 'a file, no folder' if path.is_file() else 'no such folder'
+        raise ValueError(f"{path}: {what}. Give a folder of pictures, or a pattern such as 'masks/**/*_labels.png'.")
     return Path(*path.parts[:fixed]), '/'.join(path.parts[fixed:])
 
 def pictures(
@@ -39,7 +40,7 @@ def pictures(
              and not (without and file.absolute().is_relative_to(without))]
     return sorted(file for file in files if not any(part[0] == '.' for part in file.parts))
 
-# %% ../nbs/engine/pairs.ipynb #55fc2c85
+# %% ../nbs/engine/pairs.ipynb #3efe3ad4
 _MASKS = re.compile(r'annot|label|mask|gt|segmentation', re.I)
 
 def _heads(stem):
@@ -58,7 +59,7 @@ def divide(
         masks = {file for file in files if any((file.parent, head) in names for head, end in _heads(file.stem) if end)}
     return [file for file in files if file not in masks], [file for file in files if file in masks]
 
-# %% ../nbs/engine/pairs.ipynb #47edb7b8
+# %% ../nbs/engine/pairs.ipynb #7acb2977
 _FOLDER_WORDS = re.compile(r'[_\- ]?(annot\w*|labels?|masks?|gt\w*|images?|imgs?|photos?|leftimg8bit|'
                            r'jpegimages|segmentationclass)$')
 
@@ -81,7 +82,7 @@ def _one_tail(tails, pattern):
     raise ValueError(f'each photo has several masks, which end in {", ".join(sorted(best))}. Say which are meant: '
                      f"masks='{pattern}/**/*{sorted(best)[-1]}.png'.")
 
-# %% ../nbs/engine/pairs.ipynb #60388c17
+# %% ../nbs/engine/pairs.ipynb #5810c33e
 @dataclass
 class Pairs:
     "What belongs together, and what is left over."
@@ -125,7 +126,7 @@ def make_pairs(
     pairs = [(photo, _closest(photo, groups[photo])) for photo in photos if groups[photo]]
     return Pairs(pairs, [photo for photo in photos if not groups[photo]], [m for m in own if not heads[m]])
 
-# %% ../nbs/engine/pairs.ipynb #8c26d1c7
+# %% ../nbs/engine/pairs.ipynb #1e5a89d5
 _SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
            'test': 'test', 'testing': 'test'}
 
@@ -143,7 +144,7 @@ class Item:
     name: str  # of its photo, with its folders, as the source has it
     split: str | None = None  # the list that the source counts it to
 
-# %% ../nbs/engine/pairs.ipynb #3fa8c37f
+# %% ../nbs/engine/pairs.ipynb #415a34bc
 def _looked_up(items):
     "A function from a name in a list to the item."
     known = defaultdict(set)
@@ -173,7 +174,7 @@ def listed_ids(
                               'Take them out, or bring their photos and masks.')
     return list(dict.fromkeys(id for id in found.values() if id))
 
-# %% ../nbs/engine/pairs.ipynb #5611bd9a
+# %% ../nbs/engine/pairs.ipynb #cef41301
 def _by_chance(items, shares, seed, groups):
     "Ids of each list, drawn in groups that stay together."
     if not .999 < sum(shares.values()) < 1.001 or min(shares.values()) <= 0:
@@ -197,7 +198,7 @@ def _group_of(id, pattern):
     if found is None: raise ValueError(f'groups={pattern!r} is not in the name {id!r}.')
     return found[1] if found.re.groups else found[0]
 
-# %% ../nbs/engine/pairs.ipynb #91703605
+# %% ../nbs/engine/pairs.ipynb #1df21feb
 def _named(items, name, chosen):
     "The ids of a list that the user describes by a file, a folder or names."
     if not isinstance(chosen, (str, Path)): return listed_ids(items, chosen, f'splits[{name!r}]')
@@ -238,5 +239,5 @@ def make_splits(
                          "which is which, as in splits={'train': 'train', 'val': 'test'}, or {'train': .8, 'val': .2}.")
     return _by_chance(items, {'train': .8, 'val': .2}, seed, groups), f'by chance, seed {seed}' 
 
-# %% ../nbs/engine/pairs.ipynb #6baa719c
+# %% ../nbs/engine/pairs.ipynb #8037b33b
 explain_classes(globals())

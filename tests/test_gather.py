@@ -174,8 +174,10 @@ def test_void_colours(tmp_path, void):
 
 def test_void_in_the_middle_of_a_list_moves_the_others_up(tmp_path):
     (tmp_path/'list.txt').write_text('128 128 128 Sky\n0 0 0 Void\n64 0 128 Car\n')
-    tree = gather(tmp_path, *pairs(tmp_path, lambda f: mask(f, painted((0, 0, 0), car))), classes=None, colours=tmp_path/'list.txt')
-    assert all_are(tree, np.where(shape, 1, VOID)) and voc_classes(tree) == ['Sky', 'Car']
+    folders = pairs(tmp_path, lambda f: mask(f, painted((0, 0, 0), car)))
+    for classes in (None, ['Sky', 'Car']):
+        tree = gather(tmp_path/str(classes), *folders, classes=classes, colours=tmp_path/'list.txt')
+        assert all_are(tree, np.where(shape, 1, VOID)) and voc_classes(tree) == ['Sky', 'Car']
 
 
 def test_some_classes_of_a_list(tmp_path):
@@ -259,9 +261,9 @@ def test_left_over_photos_and_masks(tmp_path, capsys):
     folders = pairs(tmp_path)
     photo(tmp_path/'photos/d.jpg')
     gather(tmp_path/'1', *folders)
-    assert '1 photos have no mask and were left out, first d.jpg' in capsys.readouterr().out
+    assert 'left out are photos without a mask, 1 in all: d.jpg' in capsys.readouterr().out
     mask(tmp_path/'masks/e.png')
-    assert 'first e.png' in refused(tmp_path, '1 of 4 masks or annotations have no photo', *folders)
+    assert 'first e.png' in refused(tmp_path, 'for 1 of 4 masks or annotations', *folders)
     assert len(masks_of(gather(tmp_path, *folders, partial=True))) == 3
 
 
@@ -351,7 +353,7 @@ def test_labelme_photos_elsewhere_and_inside(tmp_path):
     tree = gather(tmp_path, photos, notes, classes=None, splits=both)
     assert all_are(tree, shape) and (tree/'JPEGImages/b.jpg').read_bytes() == inside
     labelme(notes/'c.json', {'points': corners})
-    refused(tmp_path/'notes', 'photos, first c.jpg', photos, notes, classes=None)
+    refused(tmp_path/'notes', 'for 1 of 3 masks or annotations, first c.jpg', photos, notes, classes=None)
 
 
 @pytest.mark.parametrize('tag', [3, 6, 8])
@@ -421,7 +423,7 @@ def test_coco_that_cannot_be_used(tmp_path):
     photos, _ = pairs(tmp_path, names='ab')
     refused(tmp_path, 'annotation 0 has no segmentation, only a box', photos, coco(tmp_path/'1.json', {'segmentation': [], 'bbox': [5, 5, 25, 15]}), classes=None)
     refused(tmp_path, 'category 99', photos, coco(tmp_path/'2.json', {'segmentation': [flat], 'category_id': 99}), classes=None)
-    refused(tmp_path, 'photos, first z.jpg', photos, coco(tmp_path/'3.json', {'segmentation': [flat]}, names=('a.jpg', 'z.jpg')), classes=None)
+    refused(tmp_path, 'for 1 of 2 masks or annotations, first z.jpg', photos, coco(tmp_path/'3.json', {'segmentation': [flat]}, names=('a.jpg', 'z.jpg')), classes=None)
     refused(tmp_path, 'is for 60×39 pixels, its photo has 60×40', photos, coco(tmp_path/'4.json', {'segmentation': runs(shape[1:])}), classes=None)
     refused(tmp_path, 'annotated twice', photos, coco(tmp_path/'5.json', {'segmentation': [flat]}, names=('a.jpg', 'x/a.jpg')), classes=None)
 

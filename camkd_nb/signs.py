@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/signs.ipynb #adfd5333
+# %% ../nbs/engine/signs.ipynb #61d7dea1
 import numpy as np
 
 from .voc import VOID, voc_palette
 
-# %% ../nbs/engine/signs.ipynb #71b12b2c
+# %% ../nbs/engine/signs.ipynb #256a1029
 def _thin(values):
     "Every k-th pixel of a picture, so that about 500 are left along its longer side."
     step = max(1, max(values.shape[:2]) // 500)
@@ -35,14 +35,14 @@ def _outline(mask, reach=2):
             there[:-1] |= before[1:]
     return zone
 
-# %% ../nbs/engine/signs.ipynb #191ef7be
+# %% ../nbs/engine/signs.ipynb #a42472bd
 def _moved(changes, zone, y, x):
     "Changes at a zone that is moved by y rows and x columns."
     height, width = zone.shape
     there = changes[max(0, y):height + min(0, y), max(0, x):width + min(0, x)]
     return there[zone[max(0, -y):height - max(0, y), max(0, -x):width - max(0, x)]]
 
-# %% ../nbs/engine/signs.ipynb #f468f8c6
+# %% ../nbs/engine/signs.ipynb #d9241758
 def edge_match(
     photo: np.ndarray,  # RGB, uint8, (H, W, 3)
     mask: np.ndarray,  # class indices, uint8, (H, W)
@@ -57,7 +57,7 @@ def edge_match(
     beside = (sum(means) - means[4]) / 8  # the fifth is not moved
     return means[4] / beside if beside > 0 else None
 
-# %% ../nbs/engine/signs.ipynb #ce916826
+# %% ../nbs/engine/signs.ipynb #b67157ea
 _WIDE = 9  # pixels: what is wider is an area
 
 def _windows(values, combine):
@@ -66,17 +66,17 @@ def _windows(values, combine):
         for step in (1, 2, 4, 1): values = combine(values, np.roll(values, -step, axis))  # 1 + 1 + 2 + 4 + 1 = 9
     return values
 
-# %% ../nbs/engine/signs.ipynb #e14eaec7
+# %% ../nbs/engine/signs.ipynb #bed91696
 def solid_share(
     mask: np.ndarray,  # class indices, uint8, (H, W)
 ) -> float | None:  # 0 to 1; None where there is no void
     "The share of the void that lies in areas instead of thin rims."
-    void = np.pad(mask == VOID, _WIDE)
+    void = np.pad(_thin(mask) == VOID, _WIDE)
     if not void.any(): return None
     core = _windows(void, np.logical_and)
     return float(_windows(core[::-1, ::-1], np.logical_or).sum() / void.sum())
 
-# %% ../nbs/engine/signs.ipynb #0b1ddc3f
+# %% ../nbs/engine/signs.ipynb #a9161316
 def reordered(
     colours: dict[int, tuple[int, ...]],  # class index -> the colour that the masks' palettes give it
     n_classes: int,

@@ -6,19 +6,20 @@
 __all__ = ['Taps']
 
 # %% ../nbs/engine/layers.ipynb #a698f0aa
-import contextlib, warnings, weakref
+import contextlib, sys, warnings, weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-import torch
+import torch, torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .explain import explain_classes
-from .layouts import Layout, Tap, from_maps, layouts, strides, tensor_in, to_maps, unreadable, with_tensor
+from .layouts import (SIZES, Layout, Tap, blank, from_maps, layouts, strides, tensor_in, to_maps, unreadable,
+                              with_tensor)
 from .tensors import eval_mode, unknown_name
 
 # %% ../nbs/engine/layers.ipynb #e4a3e15b
@@ -85,28 +86,6 @@ def find_layers(
         _check_scripted(model, path, known)
     return {path: known[path] for path in paths}
 
-# %% ../nbs/engine/layers.ipynb #1fcbab8c
-SIZES = (64, 96), (96, 128), (128, 192), (192, 256), (256, 384), (384, 512)  # (H, W), for networks of any size
-FIXED = 224, 256, 384, 512, 336, 448, 640, 128, 96, 64, 32  # sides, for networks of one size
-
-def first_width(
-    model: nn.Module,
-) -> int:  # input channels of its first convolution, or 3
-    "How many channels a network's images have, as far as its layers tell."
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return 3 if first is None else first.in_channels
-
-def blank(
-    model: nn.Module,
-    size: tuple[int, int],  # (H, W)
-    like: Tensor | None = None,  # images, for channels, type and device; None: as the parameters
-) -> Tensor:  # two random images, (2, C, H, W)
-    "A small batch to probe a network with."
-    known = like if like is not None else next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
-    x = torch.randn(2, first_width(model) if like is None else like.shape[1], *size,
-                    generator=torch.Generator().manual_seed(0))
-    return x.to(known.device, known.dtype)
-
 # %% ../nbs/engine/layers.ipynb #38f6c277
 @contextlib.contextmanager
 def undisturbed(
@@ -136,6 +115,12 @@ def _going_back(): return torch._C._current_graph_task_id() != -1  # a checkpoin
 def _image(args, kwargs):
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 4), None)
 
+def _in_reentrant_checkpoint():
+    "Whether a part runs without a graph, to run again in the backward pass, where no tap is."
+    frame, codes = sys._getframe(), {torch.utils.checkpoint.CheckpointFunction.forward.__code__}
+    while frame is not None and frame.f_code not in codes: frame = frame.f_back
+    return frame is not None
+
 def _ran_twice(path):
     return ValueError(f'layer {path!r} ran twice in one block: either the network uses it twice, then tap one that '
                       'runs once, or the network ran twice, then give each forward pass a block of its own')
@@ -163,18 +148,18 @@ def _lay_out(tensor, readings):
 
 # %% ../nbs/engine/layers.ipynb #10872150
 def _shapes(model, modules, x, also=()):
-    "The shapes of some layers' outputs for a batch, and those of other modules."
-    shapes, others = {}, set()
+    "The shapes of some layers' outputs for a batch, and the grids that other modules had given before each."
+    shapes, grids, before = {}, set(), {}
     def note(path: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        shapes[path] = tuple(tensor_in(output, path).shape)
-    def note_grid(module: nn.Module, inputs: tuple, output: Tensor) -> None: others.add(tuple(output.shape[-2:]))
+        shapes[path], before[path] = tuple(tensor_in(output, path).shape), set(grids)
+    def note_grid(module: nn.Module, inputs: tuple, output: Tensor) -> None: grids.add(tuple(output.shape[-2:]))
     handles = [m.register_forward_hook(partial(note, path), prepend=True) for path, m in modules.items()]
     handles += [m.register_forward_hook(note_grid) for m in also]
     try:
         with undisturbed(model, x), torch.no_grad(): model(x)
     finally:
         for handle in handles: handle.remove()
-    return shapes, others
+    return shapes, before
 
 def _elsewhere(model, modules, like, size):
     "The shapes for an image of another size; None where the network takes none."
@@ -195,11 +180,12 @@ def _agree(caught, path, other, shape):
     return [reading for reading in caught.maps if holds(reading)]
 
 def _of_one_size(model, modules, like, caught):
-    "For networks of one size: the readings whose grid a convolution had too."
+    "For networks of one size: the readings whose grid a convolution had before."
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    try: grids = _shapes(model, modules, blank(model, tuple(like.shape[-2:]), like), convolutions)[1]
+    try: before = _shapes(model, modules, blank(model, tuple(like.shape[-2:]), like), convolutions)[1]
     except Exception: return {}
-    return {path: [r for r in c.maps if r.kind == 'tokens' and r.grid in grids] for path, c in caught.items()}
+    return {path: [r for r in c.maps if r.kind == 'tokens' and r.grid in before.get(path, ())]
+            for path, c in caught.items()}
 
 # %% ../nbs/engine/layers.ipynb #9b8dc68c
 def settle(
@@ -223,6 +209,9 @@ def _keep(taps, path, module, args, kwargs, output):
     "Catch what a layer gives, and hand on what is made of it."
     if taps.settling or _going_back(): return output
     if path in taps.caught: raise _ran_twice(path)
+    if not (taps.start_graph or torch.is_grad_enabled()) and _in_reentrant_checkpoint():
+        raise ValueError(f'layer {path!r} is inside a part that is checkpointed with use_reentrant=True, where nothing '
+                         'can be taught: tap the block around it, or give use_reentrant=False')
     tensor = given = tensor_in(output, path)
     readings, sure = _readings(tensor, path, taps.image, _kinds.get(taps.model, {}).get(path))
     if any(isinstance(x, Tensor) and _memory(x) == _memory(tensor) for x in (*args, *kwargs.values())):

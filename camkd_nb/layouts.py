@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .explain import explain_classes
@@ -178,3 +178,25 @@ def unreadable(
 
 # %% ../nbs/engine/layouts.ipynb #c5f0b622
 explain_classes(globals())
+
+# %% ../nbs/engine/layouts.ipynb #1fcbab8c
+SIZES = (64, 96), (96, 128), (128, 192), (192, 256), (256, 384), (384, 512)  # (H, W), for networks of any size
+FIXED = 224, 256, 384, 512, 336, 448, 640, 128, 96, 64, 32  # sides, for networks of one size
+
+def first_width(
+    model: nn.Module,
+) -> int:  # input channels of its first convolution, or 3
+    "How many channels a network's images have, as far as its layers tell."
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
+
+def blank(
+    model: nn.Module,
+    size: tuple[int, int],  # (H, W)
+    like: Tensor | None = None,  # images, for channels, type and device; None: as the parameters
+) -> Tensor:  # two random images, (2, C, H, W)
+    "A small batch to probe a network with."
+    known = like if like is not None else next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
+    x = torch.randn(2, first_width(model) if like is None else like.shape[1], *size,
+                    generator=torch.Generator().manual_seed(0))
+    return x.to(known.device, known.dtype)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .explain import explain_classes
-from .layers import FIXED, SIZES, blank, plain_name, undisturbed
-from .layouts import Layout, layouts, tensor_in
+from .layers import plain_name, undisturbed
+from .layouts import FIXED, SIZES, Layout, blank, layouts, tensor_in
 from .tensors import logits_of
 
 # %% ../nbs/engine/probes.ipynb #da11d1c0
@@ -47,6 +47,7 @@ def has_weights(
     module: nn.Module,
 ) -> bool:  # of its own, not in its parts
     "Whether a module is a convolution, a linear layer or the like."
+    if isinstance(module, torch.jit.ScriptModule): return any(p.ndim > 1 for p in module.parameters())
     weight = module._parameters.get('weight')
     return weight is not None and weight.ndim > 1
 
@@ -141,10 +142,17 @@ def record_calls(
 # %% ../nbs/engine/probes.ipynb #7ed05c5d
 _accepted: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
-def _candidates(model, x):
+def _as_now(model):
+    "The batch that was accepted, as the network's parameters are now."
+    batch = _accepted[model]
+    like = next((p for p in model.parameters() if p.is_floating_point()), batch)
+    return batch.to(like.device, like.dtype)
+
+def _candidates(model, x, square):
     "Batches to try, in their order."
-    if model in _accepted: yield _accepted[model]
-    sizes = [*SIZES[:3], *((side, side) for side in FIXED[:2]), *SIZES[3:], *((side, side) for side in FIXED[2:])]
+    if model in _accepted and not square: yield _as_now(model)
+    sides = [(side, side) for side in FIXED]
+    sizes = sides if square else [*SIZES[:3], *sides[:2], *SIZES[3:], *sides[2:]]
     for like in ([x] if x is not None else [None, torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 1, 1)]):
         for size in sizes: yield blank(model, size, like)
     if x is not None: yield x[:1].repeat(2, 1, 1, 1)
@@ -152,10 +160,12 @@ def _candidates(model, x):
 def probe(
     model: nn.Module,
     x: Tensor | None = None,  # images that the network takes, (B, C, H, W); None: a random batch
+    *,
+    square: bool = False,  # try square images only
 ) -> Record:
     "The record of a batch that the network takes; a `ValueError` where it takes none."
     first = None
-    for batch in _candidates(model, x):
+    for batch in _candidates(model, x, square):
         try: found = record_calls(model, batch)
         except Exception as error: first = first or error
         else:
@@ -169,7 +179,7 @@ def accepted(
 ) -> Tensor:  # two images, (2, C, H, W)
     "A batch that the network takes: the one of its last probe."
     if model not in _accepted: probe(model)
-    return _accepted[model]
+    return _as_now(model)
 
 # %% ../nbs/engine/probes.ipynb #209fdf6c
 explain_classes(globals())

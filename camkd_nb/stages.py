@@ -39,20 +39,25 @@ def _outweighs(first, later):
     return first.weights() > sum(c.weights() for c in rivals)
 
 # %% ../nbs/engine/stages.ipynb #35ce8266
+def _first_weights(call): return next((c for c in call.all() if has_weights(c.module)), None)
+
+def _rest_of_network(parts):
+    "The last part, where it holds more than those before it, and a coarser grid: what comes first is a stem."
+    *before, last = parts
+    coarser = all(_coarsest(last) < _coarsest(c) for c in before)
+    return last if before and coarser and last.weights() > sum(c.weights() for c in before) else None
+
 def find_backbone(
     record: Record,
 ) -> tuple[Call, bool]:  # its call, and whether a head came behind it
     "The part of a network that makes its coarsest features."
     node, alone = record.root, True
-    leaf = next((call for call in record.root.all() if has_weights(call.module)), None)
-    while leaf is not None and leaf is not node:
-        first = next(call for call in node.inside if leaf in set(call.all()))
-        later = [c for c in node.inside[node.inside.index(first) + 1:] if c.weights()]
+    while (leaf := _first_weights(node)) not in (None, node):
+        first, *later = [c for c in node.inside if c.weights()]
         named = _named_backbone(first, leaf)
-        if not first.inside: break
-        if named:
-            node, alone = named, alone and named.weights() == record.root.weights()
+        if named: node, alone = named, alone and named.weights() == record.root.weights()
         elif not later: node = first
+        elif alone and (rest := _rest_of_network([first, *later])): node = rest
         elif alone and _outweighs(first, later): node, alone = first, False
         else: break
     return node, not alone
@@ -87,7 +92,7 @@ def backbone_layers(
 ) -> list[Call]:  # in the order of the forward pass
     "The layers of the backbone that can stand for a stage."
     node, headed = find_backbone(record)
-    steps = list(_steps(node))
+    steps = list(_steps(node)) or [node]
     return [call for call in (steps if headed else _without_head(steps))
             if call.layout and call.on_way and call.runs == 1 and not isinstance(call.module, IDLE)]
 
@@ -110,16 +115,27 @@ def _settled(model, call, batch):
     return Tap(call.path, layout='channels_last') if reading.kind == 'channels_last' else Tap(
         call.path, prefix=reading.prefix)
 
+def _chosen(model, record, n):
+    found: list[str] = []
+    for call in reversed(_ends(backbone_layers(record))):
+        path = _settled(model, call, accepted(model))
+        if path is not None: found.insert(0, path)
+        if len(found) == n: break
+    return found
+
 def _shown(call, record):
     return (f'  {call.path!r}: shape {tuple(call.output.shape)}, '
             f'stride {record.size[0] / call.layout.grid[0]:.3g}')
 
 def _unsure(model, n, record):
+    ends = {t.shape[1] for t in record.logits}
     calls = [c for c in record.root.all() if c.layout and c.on_way and c.runs == 1 and c.path.count('.') < 4]
     listed = '\n'.join(_shown(call, record) for call in calls[-30:])
+    inner = [c for c in calls if c.output.shape[1] not in ends]
+    likely = min(reversed(inner), key=lambda c: c.layout.grid).path if inner else 'path.of.a.layer'
     return ValueError(f'{type(model).__name__} shows no {n} stages of a backbone: name its layers yourself, '
-                      f'as in layers=[{calls[-1].path if calls else "path.of.a.layer"!r}]. '
-                      f'For images of {record.size[0]} × {record.size[1]} pixels it has\n{listed}')
+                      f'as in layers=[{likely!r}]. For images of {record.size[0]} × {record.size[1]} pixels, on the way '
+                      f'to the logits, it has\n{listed or "  none"}')
 
 # %% ../nbs/engine/stages.ipynb #4b7c55eb
 def last_stages(
@@ -130,13 +146,16 @@ def last_stages(
 ) -> list[str]:  # n dotted paths, or a `Tap` each where the layout has to be said; the last stage last
     "The last layers of the final `n` stages of a network's backbone, up to its coarsest, all on the way to the logits."
     model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError('the network is a TorchScript program, where no layer can be tapped: '
+                        'give the network it was made from, or use terms without layers')
     record = probe(model, x)
-    found: list[str] = []
-    for call in reversed(_ends(backbone_layers(record))):
-        path = _settled(model, call, accepted(model))
-        if path is not None: found.insert(0, path)
-        if len(found) == n: return found
-    raise _unsure(model, n, record)
+    found = _chosen(model, record, n)
+    if not found and record.size[0] != record.size[1] and x is None:
+        found = [Tap(path, layout='maps') if type(path) is str else path
+                 for path in _chosen(model, probe(model, square=True), n)]  # it resizes its images to squares
+    if len(found) < n: raise _unsure(model, n, record)
+    return found
 
 # %% ../nbs/engine/stages.ipynb #bc410ccc
 def layer_lines(

@@ -133,7 +133,8 @@ def _never_held(vocab, counts, listed) -> Iterator[tuple[str, str]]:
     if len(held) < 2 and counts[:, VOID].any():
         what += (f'Are these masks of two values, with the objects saved as {VOID}? That means void, which is never '
                  f'learned. Write the objects as 1: `voc_gather(..., mapping={{{VOID}: 1}})`.')
-    else: what += f'Take the names out, or look where these classes were lost. The names are from {listed}.'
+    else: what += (f'Look where these classes were lost. Names at the end of {listed} can be taken out; names before '
+                   'others cannot, since numbers follow the order.')
     yield (listed if listed in NAME_FILES else 'SegmentationClass'), what
 
 # %% ../nbs/engine/check.ipynb #a313a337

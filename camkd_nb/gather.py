@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['voc_gather']
 
-# %% ../nbs/engine/gather.ipynb #abfc32b7
-import os, re, shutil, sys
+# %% ../nbs/engine/gather.ipynb #22debad5
+import os, re, shlex, shutil, sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ from .photos import open_picture, to_rgb
 from .plans import Meaning, annotation_files, drawn_upright, header_of, plan_masks, plan_outlines
 from .voc import write_mask
 
-# %% ../nbs/engine/gather.ipynb #cea0e37d
+# %% ../nbs/engine/gather.ipynb #1651a132
 def _place(photo, file, link):
     "Link or copy a file."
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def _write(task, plan, draft, link):
     write_mask(plan.mask_of(task), mask)
     _write_photo(task, draft/f'JPEGImages/{task.item.id}', link)
 
-# %% ../nbs/engine/gather.ipynb #419871e0
+# %% ../nbs/engine/gather.ipynb #2dc08913
 def _write_all(plan, draft, link, progress):
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         done = pool.map(lambda task: _write(task, plan, draft, link), plan.tasks)
@@ -69,7 +69,7 @@ def _write_lists(plan, draft, lists):
     for name, ids in lists.items(): (folder/f'{name}.txt').write_text('\n'.join(ids) + '\n', encoding='utf-8')
     (draft/'classes.txt').write_text('\n'.join(plan.legend.vocab) + '\n', encoding='utf-8')
 
-# %% ../nbs/engine/gather.ipynb #ac9557ab
+# %% ../nbs/engine/gather.ipynb #4920b152
 def _refuse_lost(plan, images, partial):
     "Raise where photos are missing and may not be left out; say what is left out."
     if plan.lost and not partial:
@@ -87,7 +87,7 @@ def _say_frames(ids, groups):
     print(f"the names look like frames of {len(films)} recordings ({first_few(sorted(films), 3)}), which resemble each "
           r"other: groups=r'^(.*?)\d+$' keeps each of them in one list")
 
-# %% ../nbs/engine/gather.ipynb #2967a679
+# %% ../nbs/engine/gather.ipynb #4ef6aae2
 def _mark(plan, arguments):
     "What a tree was made of."
     files = {file for task in plan.tasks for file in (task.photo, getattr(task.source, 'where', task.source))
@@ -103,7 +103,7 @@ def _is_made(dest, mark):
     raise ValueError(f'{dest}: something is there that was not made of these sources in this way. '
                      'Give another folder, or remove it.')
 
-# %% ../nbs/engine/gather.ipynb #ff2480db
+# %% ../nbs/engine/gather.ipynb #8d0bcea4
 def _make(dest, plan, mark, options):
     "Write the tree; how many images each list has, and where the lists come from."
     lists, where = make_splits([task.item for task in plan.tasks], options['splits'], seed=options['seed'],
@@ -124,7 +124,7 @@ def _class_names(classes):
     else: raise ValueError(f'classes={str(classes)!r}: no such file. Give a list of names, or a file of them.')
     return [name for name in names if name != '__ignore__']
 
-# %% ../nbs/engine/gather.ipynb #0f995f31
+# %% ../nbs/engine/gather.ipynb #f5ed78ed
 def voc_gather(
     dest: str | Path,  # the tree to make
     images: str | Path,  # folder of photos, or a pattern such as 'photos/**/*.jpg'
@@ -156,7 +156,7 @@ def voc_gather(
     if progress: print(voc_check(dest))
     return dest
 
-# %% ../nbs/engine/gather.ipynb #2f501785
+# %% ../nbs/engine/gather.ipynb #54851a7b
 def _listed(text): return [part.strip() for part in (text or '').split(',') if part.strip()]
 
 def _key(text): return int(text) if re.fullmatch(r'-?\d+', text) else as_colour(text) if text[:1] == '#' else text
@@ -174,7 +174,7 @@ def _share(text):
 
 def _file_or(text, made): return text if Path(text).expanduser().is_file() else made(text)
 
-# %% ../nbs/engine/gather.ipynb #8895b4c4
+# %% ../nbs/engine/gather.ipynb #eafc83db
 def _parser():
     parser = Parser('camkd-gather', 'Make a tree in the layout of Pascal VOC, which camkd-demo and voc_dls read, of '
                     'photos and masks, or of what labelme, CVAT, Roboflow or COCO tools export. Sources are kept.')
@@ -199,7 +199,7 @@ def _parser():
     add('--seed', type=int, default=0, metavar='N', help='of the draw of lists')
     return parser
 
-# %% ../nbs/engine/gather.ipynb #6452ee7e
+# %% ../nbs/engine/gather.ipynb #8d4b2bb6
 def _in_words_of_the_command(text):
     "An error of `voc_gather` with arguments as the command writes them."
     def assigned(found): return f'--{found[1]} ' + _quoted(re.sub("[' ]", '', found[2]).replace(':', '='))
@@ -224,7 +224,7 @@ def _gather(args):
         groups=args.groups, background=not args.no_background, partial=args.partial, link=not args.copy,
         seed=args.seed, progress=seen)
     if not seen: print(voc_check(tree, progress=False))
-    print(f'{args.dest} is ready: camkd-demo --data {args.dest}')
+    print(f'ready, for example for: camkd-demo --data {shlex.quote(args.dest)} --teacher toy_teacher')
 
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: the process's own

@@ -32,6 +32,12 @@ def _grey(picture):
     "The picture without colour, and paler."
     return (.3 + .7 * picture @ np.array([.299, .587, .114]))[..., None].repeat(3, 2)
 
+def _share(attention, size):
+    "A map at the size of a picture, divided by its largest amount."
+    attention = attention.detach().float().cpu()
+    large = resize(attention[None, None], size)[0, 0]
+    return (large / attention.abs().max().clamp(min=torch.finfo(torch.float32).tiny)).numpy()
+
 def overlay_map(
     picture: np.ndarray,  # RGB, float, (H, W, 3), 0 to 1
     attention: Tensor,  # one raw map, float, (h, w), zero or more
@@ -39,10 +45,20 @@ def overlay_map(
     opacity: float = .6,  # 0 (only the picture) to 1 (only the map)
 ) -> np.ndarray:  # RGB, float, (H, W, 3), 0 to 1
     "A map, divided by its maximum, in colour over the grey picture."
-    attention = attention.detach().float().cpu()
-    large = resize(attention[None, None], picture.shape[:2])[0, 0]
-    share = (large / attention.max().clamp(min=torch.finfo(torch.float32).tiny)).numpy()
+    share = _share(attention, picture.shape[:2])
     return (1 - opacity) * _grey(picture) + opacity * colormaps['inferno'](share)[..., :3]
+
+# %% ../nbs/engine/drawing.ipynb #b413b3cb
+def overlay_signed_map(
+    picture: np.ndarray,  # RGB, float, (H, W, 3), 0 to 1
+    attention: Tensor,  # one raw map, float, (h, w), of either sign
+    *,
+    opacity: float = .85,  # of the colours where a map is largest; 0 is clear
+) -> np.ndarray:  # RGB, float, (H, W, 3), 0 to 1
+    "A signed map, divided by its largest amount, over the grey picture: red speaks for a class, blue against it."
+    share = _share(attention, picture.shape[:2])
+    amount = opacity * np.sqrt(np.abs(share))[..., None]
+    return (1 - amount) * _grey(picture) + amount * colormaps['RdBu_r']((share + 1) / 2)[..., :3]
 
 # %% ../nbs/engine/drawing.ipynb #15c4b153
 def short_path(
@@ -53,12 +69,19 @@ def short_path(
     "A layer's name, for a title."
     return path if len(path) <= most else '…' + path[1 - most:]
 
+def _number(value): return f'{value:.3g}' if abs(value) < 1000 else f'{value:,.0f}'
+
 def maximum(
     attention: Tensor,  # one raw map, (h, w)
 ) -> str:  # such as 'max 0.12'
     "A map's largest value, for its title."
-    value = attention.max().item()
-    return f'max {value:.3g}' if value < 1000 else f'max {value:,.0f}'
+    return f'max {_number(attention.max().item())}'
+
+def extremes(
+    attention: Tensor,  # one raw map, (h, w)
+) -> str:  # such as '-0.3 to 0.12'
+    "A signed map's smallest and largest value, for its title."
+    return f'{_number(attention.min().item())} to {_number(attention.max().item())}'
 
 # %% ../nbs/engine/drawing.ipynb #6680fe3f
 def overlay_mask(
@@ -100,15 +123,26 @@ def _heading(ax, name, layer=''):
     ax.annotate(name, xytext=(0, 24 if layer else 14), fontsize=10, weight='bold', **place)
 
 # %% ../nbs/engine/drawing.ipynb #e982fef7
+def _bar(fig, ramp, label, ticks, **place):
+    bar = fig.colorbar(ScalarMappable(cmap=ListedColormap(ramp)), **place)
+    bar.set_label(label, fontsize=8)
+    bar.ax.set_yticks([0, .5, 1], ticks, fontsize=8)
+
 def map_bar(
     fig: Figure,
     **place: object,  # of `Figure.colorbar`: `ax`, the axes beside which the bar is put, or `cax`, its own
 ) -> None:
     "The colour bar of maps that are drawn over mid-grey."
     ramp = overlay_map(np.full((1, 256, 3), .5), torch.linspace(0, 1, 256)[None])[0]
-    bar = fig.colorbar(ScalarMappable(cmap=ListedColormap(ramp)), **place)
-    bar.set_label("share of the map's\nown maximum", fontsize=8)
-    bar.ax.set_yticks([0, .5, 1], ['0', 'half', 'max'], fontsize=8)
+    _bar(fig, ramp, "share of the map's\nown maximum", ['0', 'half', 'max'], **place)
+
+def signed_map_bar(
+    fig: Figure,
+    **place: object,  # as for `map_bar`
+) -> None:
+    "The colour bar of signed maps that are drawn over mid-grey."
+    ramp = overlay_signed_map(np.full((1, 257, 3), .5), torch.linspace(-1, 1, 257)[None])[0]
+    _bar(fig, ramp, "share of the map's\nown largest amount", ['against', '0', 'for'], **place)
 
 # %% ../nbs/engine/drawing.ipynb #0834d5e6
 def _named(masks, background): return sorted({c for mask in masks for c in mask.unique().tolist()} - {background})

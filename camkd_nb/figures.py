@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import class_attention
-from .drawing import Page, class_legend, draw_grid, map_bar, maximum, overlay_map, overlay_mask
+from .drawing import (
+    class_legend, draw_grid, extremes, map_bar, maximum, overlay_map,
+    overlay_mask, overlay_signed_map, Page, signed_map_bar)
 from .layers import find_layers
 from .tensors import check_images, denormalize, eval_mode, logits_of, resize, unknown_name
 from .voc import VOC_CLASSES, VOID, background_class, check_mask
@@ -105,14 +107,15 @@ def raw_maps(
     *,
     region: str | Tensor = 'label',  # as in `class_attention`
     method: str = 'gradcam',  # as in `class_attention`
-) -> Tensor:  # float32, (B, h, w), zero or more, on the CPU
+    signed: bool = False,  # as in `class_attention`
+) -> Tensor:  # float32, (B, h, w), zero or more unless signed, on the CPU
     "One map an image, of a class that is chosen for each."
     x = input_for(model, x)
     mask, region = (one.to(x.device) if isinstance(one, Tensor) else one for one in (mask, region))
     asked = torch.tensor(classes)[:, None]
     with torch.no_grad():
-        maps = class_attention(model, x, mask, [path], method=method, region=region, classes=asked).maps
-    return maps[path][:, 0].cpu()
+        result = class_attention(model, x, mask, [path], method=method, region=region, classes=asked, signed=signed)
+    return result.maps[path][:, 0].cpu()
 
 # %% ../nbs/08_figures.ipynb #c76e1297
 def _check_models(models):
@@ -189,12 +192,20 @@ def _prediction_panels(predicted, mask, pictures, asked, vocab):
     titles = [f'no {vocab[c]}' if np.isnan(score) else f'{vocab[c]} IoU {score:.2f}' for c, score in zip(asked, scores)]
     return list(zip(shown, titles))
 
-def _map_columns(models, x, mask, layers, asked, vocab, region, pictures):
+def _map_columns(models, x, mask, layers, asked, vocab, pictures, region, signed):
     "Maps as panels, in columns."
     if mask is not None and region == 'label': _check_present(asked, mask, vocab)
-    maps = {name: raw_maps(model, x, mask, layers[name], asked, region=region) for name, model in models.items()}
-    return [((name, layers[name]), [(overlay_map(*pair), maximum(pair[1])) for pair in zip(pictures, raw)])
+    over, title = (overlay_signed_map, extremes) if signed else (overlay_map, maximum)
+    maps = {name: raw_maps(model, x, mask, layers[name], asked, region=region, signed=signed)
+            for name, model in models.items()}
+    return [((name, layers[name]), [(over(*pair), title(pair[1])) for pair in zip(pictures, raw)])
             for name, raw in maps.items()]
+
+def _first_columns(pictures, mask, vocab):
+    "The pictures and their labels."
+    columns, background = [(('image',), [(picture, '') for picture in pictures])], background_class(vocab)
+    if mask is None: return columns
+    return [*columns, (('truth',), [(overlay_mask(*pair, background=background), '') for pair in zip(pictures, mask)])]
 
 # %% ../nbs/08_figures.ipynb #5c241df0
 def show_attention(
@@ -206,20 +217,21 @@ def show_attention(
     classes: str | int | Sequence[str | int] | None = None,  # for all, or one an image; None: the largest of each
     vocab: Iterable[str] = VOC_CLASSES,  # class names, background first, such as `dls.vocab`
     region: str = 'label',  # of maps: 'label', 'predicted' (by each network) or 'all', the pixels that make the score
+    signed: bool = False,  # show what speaks against the class too, in blue
     pictures: np.ndarray | None = None,  # drawn under the colours, (B, H, W, 3), 0 to 1; None: `denormalize(x)`
 ) -> Page:  # a matplotlib figure, to be shown as the last value of a cell or saved with `savefig`
     "Image, truth and, for each network, its prediction or its attention map of one class."
     x, mask, vocab, pictures = checked_input(models, x, mask, vocab, pictures)
+    if signed and not layers: raise ValueError('signed=True is about maps: name a layer, such as "backbone.layer4"')
     layers = layers and layer_of_each(layers, models)
     predicted = predictions(models, x, vocab)
     asked = _class_of_each(classes, next(iter(predicted.values())) if mask is None else mask, vocab)
-    columns, background = [(('image',), [(picture, '') for picture in pictures])], background_class(vocab)
-    if mask is not None:
-        columns.append((('truth',), [(overlay_mask(*pair, background=background), '') for pair in zip(pictures, mask)]))
-    if layers: columns += _map_columns(models, x, mask, layers, asked, vocab, region, pictures)
+    columns = _first_columns(pictures, mask, vocab)
+    if layers: columns += _map_columns(models, x, mask, layers, asked, vocab, pictures, region, signed)
     else: columns += [((k,), _prediction_panels(p, mask, pictures, asked, vocab)) for k, p in predicted.items()]
     regions = [None] * len(x) if mask is None else [labels == c for labels, c in zip(mask, asked)]
     fig, axes = draw_grid(columns, regions, [vocab[c] for c in asked] if layers else [])
-    if layers: map_bar(fig, ax=axes[:, -len(models):], fraction=.04, pad=.02, aspect=30, shrink=.9)
+    bar = signed_map_bar if signed else map_bar
+    if layers: bar(fig, ax=axes[:, -len(models):], fraction=.04, pad=.02, aspect=30, shrink=.9)
     class_legend(fig, [*([] if mask is None else [mask]), *([] if layers else predicted.values())], vocab)
     return fig

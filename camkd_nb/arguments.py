@@ -90,8 +90,12 @@ def picture_format(
                          f'{file.stem or "demo"}.png') from None
     return kind
 
+def _expanded(flag, path):
+    try: return Path(path).expanduser()
+    except RuntimeError: raise ValueError(f'{flag} {path}: there is no such home folder') from None
+
 def _check_out(out):
-    file = Path(out).expanduser()
+    file = _expanded('--out', out)
     try:
         if not file.resolve().parent.is_dir(): raise ValueError(f'--out {out}: there is no such folder, make it first')
         if file.is_dir(): raise ValueError(f'--out {out}: that is a folder, give a file in it, such as demo.png')
@@ -100,7 +104,7 @@ def _check_out(out):
     except OSError as e: raise ValueError(f'--out {out}: nothing can be written there ({e.strerror})') from None
 
 def _check_save(save):
-    folder = Path(save).expanduser()
+    folder = _expanded('--save', save)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()): raise ValueError(f'--save {save}: the folder holds files, give a new or an empty one')

@@ -29,6 +29,7 @@ _NUMBERS: dict[str, Callable[[str], float]] = {
 
 def _converted(columns, fields):
     "The values of a record; `ValueError` where it is not whole."
+    if not any(fields[len(columns):]): fields = fields[:len(columns)]  # a spreadsheet may add empty ones
     if len(fields) != len(columns): raise ValueError(f'{len(fields)} fields instead of {len(columns)}')
     if b'\0' in ''.join(fields).encode('utf-8'): raise ValueError('zeros, where the disk has lost a block')
     row = dict(zip(columns, fields))
@@ -56,11 +57,13 @@ def _columns(lines, file):
     "The columns of a file, and the line at which its rows begin."
     try: found = next(csv.reader(lines[:1]))
     except csv.Error: found = []
+    while found and not found[-1]: found.pop()
     if sorted(found) == sorted(COLUMNS): return found, 1
     if any(_record(lines, at, COLUMNS)[0] for at in range(len(lines))): return COLUMNS, 0  # the header is damaged
     missing = [name for name in COLUMNS[:6] if name not in found]
     if not missing: return found, 1
-    raise ValueError(f'{file} has no column {missing[0]!r}: give a file that `run_study` wrote')
+    raise ValueError(f'{file} has no column {missing[0]!r}: give a file that `run_study` wrote, with commas between '
+                     'its columns')
 
 def _lines(content):
     "Lines of text with their ends; only a line feed ends a line."
@@ -89,6 +92,14 @@ def read_rows(
 def _warn(file, line):
     warnings.warn(f'{file}, line {line} is not a whole row and is passed over: a full disk, a kill or an editor may '
                   'have cut it. Its training counts as not done', stacklevel=4)
+
+# %% ../nbs/engine/rows.ipynb #86cb01ad
+def check_writable(
+    file: str | Path,  # CSV, made when there is none
+) -> None:
+    "An `OSError` where no row can be added, before it costs a training."
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'ab'): pass
 
 # %% ../nbs/engine/rows.ipynb #b0574faf
 def append_row(

@@ -24,7 +24,7 @@ from .explain import explain_classes
 from .files import whole_file
 from .lettering import write, write_ticks
 from .losses import ClassAttention
-from .rows import COLUMNS, append_row, read_rows
+from .rows import COLUMNS, append_row, check_writable, read_rows
 from .terms import Step, Term, describe, described_option
 from .training import Recipe, fit
 from .voc import voc_classes
@@ -198,14 +198,16 @@ def run_study(
     keep: str | Path | None = None,  # folder for the state dicts of the trained students; None: they are not kept
 ) -> pd.DataFrame:  # all rows of the setting
     "Train what the file does not have yet; stop it when you like, and call it again."
-    for name, seed in _todo(study, seeds, part):
+    todo = _todo(study, seeds, part)
+    if todo: check_writable(study.file)
+    if keep is not None: Path(keep).mkdir(parents=True, exist_ok=True)
+    for name, seed in todo:
         student, seconds, terms = train(study, name, seed)
         if keep is not None: _keep(student, Path(keep), f'{study.setting}, {name}, {seed}.pth'.replace('/', '-'))
         append_row(study.file, row_of(study, name, seed, student, seconds, terms))
     return read_runs(study.file, study.setting)
 
 def _keep(student, folder, name):
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu() for key, value in student.state_dict().items()}
     with whole_file(folder/name) as draft: torch.save(state, draft)
 
@@ -222,7 +224,7 @@ def _todo(study, seeds, part=(0, 1)):
         if kept is None or _completed(kept, method.terms) == wanted[name]: continue
         raise ValueError(f'{study.file} has {name!r} with other options, {_difference(kept, wanted[name])}: '
                          'give the method or the setting another name, or remove its rows')
-    grid = [(name, seed) for seed in seeds for name in study.methods]
+    grid = [(name, seed) for seed in dict.fromkeys(seeds) for name in study.methods]
     return [one for one in grid[part[0]::part[1]] if one not in done]
 
 # %% ../nbs/engine/study.ipynb #c2921ef9

@@ -3,9 +3,11 @@ import json, os, subprocess, sys, warnings
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from camkd_nb.rows import COLUMNS, append_row
-from camkd_nb.study import read_runs
+from camkd_nb.study import Study, read_runs, run_study
+from camkd_nb.training import Recipe
 
 root = Path(__file__).resolve().parents[1]
 
@@ -91,6 +93,22 @@ def test_what_editors_do(tmp_path, change):
         assert read_runs(file).seed.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize('more', [b',', b',,,'])
+def test_empty_columns_of_a_spreadsheet(tmp_path, more):
+    file = file_of(tmp_path, row(0, **plain), row(1, **plain))
+    file.write_bytes(file.read_bytes().replace(b'\n', more + b'\n'))
+    append_row(file, row(2, **plain))
+    assert read_runs(file).to_dict('records') == [row(seed, **plain) for seed in range(3)]
+
+
+def test_other_separators_are_named(tmp_path):
+    file = file_of(tmp_path, row(0, **plain))
+    file.write_bytes(before := file.read_bytes().replace(b',', b';'))
+    for use in (lambda: read_runs(file), lambda: append_row(file, row(1))):
+        with pytest.raises(ValueError, match='with commas between its columns'): use()
+    assert file.read_bytes() == before
+
+
 def test_other_bytes(tmp_path):
     "Another encoding, or zeros where the disk lost a block, cost that row alone"
     file = file_of(tmp_path, *(row(seed, **plain) for seed in range(3)))
@@ -155,3 +173,19 @@ def test_processes_take_turns(tmp_path):
         runs = read_runs(file)
     assert sorted(runs.seed) == [100 * k + n for k in range(4) for n in range(40)]
     assert file.read_bytes().count(b'setting,method') == 1
+
+
+@pytest.mark.parametrize('file, keep', [('no/file/runs.csv', None), ('runs.csv', 'no/folder')], ids=['rows', 'students'])
+def test_a_study_finds_out_before_it_trains(tmp_path, monkeypatch, file, keep):
+    (tmp_path/'no').write_text('a file, not a folder')
+    monkeypatch.setattr('camkd_nb.study.train', lambda *args: pytest.fail('it trained'))
+    study = Study(tmp_path/file, 's', Recipe(tmp_path), nn.Identity, nn.Identity(), {'none': ()})
+    with pytest.raises(OSError, match='/no'): run_study(study, [0], keep=keep and tmp_path/keep)
+
+
+def test_seeds_given_twice_are_trained_once(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr('camkd_nb.study.train', lambda study, name, seed: trained.append(seed) or (nn.Identity(), 1., {}))
+    monkeypatch.setattr('camkd_nb.study.row_of', lambda study, name, seed, *others: row(seed, setting='s', method=name))
+    study = Study(tmp_path/'runs.csv', 's', Recipe(tmp_path), nn.Identity, nn.Identity(), {'none': ()})
+    assert run_study(study, [0, 1, 0, 1]).seed.tolist() == trained == [0, 1]

@@ -49,9 +49,10 @@ def network_input(
 def _logits(model, x, read):
     "Logits of one input (1, 3, h, w), which is filled up to sides that 32 divides where the network needs it."
     (height, width), failures = x.shape[-2:], (RuntimeError, ValueError, AssertionError)
-    try: return logits_of(model(x), read).float()
+    try: answer = model(x)
     except torch.OutOfMemoryError: raise
     except failures as error: first = error
+    else: return logits_of(answer, read).float()
     filled = F.pad(x, (0, -width % 32, 0, -height % 32))  # zero is the mean colour
     try: answer = model(filled)
     except failures as error:

@@ -6,12 +6,14 @@
 __all__ = []
 
 # %% ../nbs/engine/explain.ipynb #44b2be25
-import argparse, dataclasses, linecache, re, sys
+import argparse, dataclasses, inspect, linecache, os, re, sys
 from collections.abc import Iterator
+from types import FunctionType
 from typing import NoReturn
 
 # %% ../nbs/engine/explain.ipynb #121fda10
 _PARAMETER = re.compile(r'\s+(\*{0,2}\w+)\s*[:=,].*?  # (.*)')  # a name with its hint or default, and a comment
+_RETURNED = re.compile(r'\s*\).*?  # (.*)')
 
 def _comments(lines, end) -> Iterator[str]:
     "`name: comment` for each commented line, up to one that matches `end`."
@@ -20,25 +22,45 @@ def _comments(lines, end) -> Iterator[str]:
         found = _PARAMETER.match(line)
         if found: yield f'{found[1]}: {found[2]}'
 
-def _explanation(cls):
-    "A line for each argument of a class, from the comments beside its parameters, or beside the fields of a dataclass."
-    code = cls.__init__.__code__
-    if dataclasses.is_dataclass(cls):
-        lines = linecache.getlines(getattr(sys.modules[cls.__module__], '__file__', ''))
-        start = next((i for i, line in enumerate(lines) if re.match(rf'class {cls.__name__}\b', line)), len(lines))
-        return '\n'.join(_comments(lines[start + 1:], r'\S|    (def|@)'))
-    return '\n'.join(_comments(linecache.getlines(code.co_filename)[code.co_firstlineno:], r'\s*\)'))
+def _signature(function):
+    "A line for each argument of a function, from the comments beside its parameters, and one for what it returns."
+    code = inspect.unwrap(function).__code__
+    source, start = linecache.getlines(code.co_filename), code.co_firstlineno - 1
+    start = next((i for i in range(start, len(source)) if re.match(r'\s*def ', source[i])), start)  # below decorators
+    if start >= len(source) or source[start].rstrip()[-1:] not in '(,': return []
+    last = next((i for i in range(start + 1, len(source)) if re.match(r'\s*\)', source[i])), start)
+    returned = _RETURNED.match(source[last])
+    return [*_comments(source[start + 1:last], r'\s*\)'), *([f'returns: {returned[1]}'] if returned else [])]
+
+def _fields(cls):
+    "A line for each field of a dataclass, from the comments beside them."
+    source = linecache.getlines(getattr(sys.modules[cls.__module__], '__file__', ''))
+    start = next((i for i, line in enumerate(source) if re.match(rf'class {cls.__name__}\b', line)), len(source))
+    return list(_comments(source[start + 1:], r'\S|    (def|@)'))
 
 # %% ../nbs/engine/explain.ipynb #ec3aba1e
+def _describe(function):
+    "Add the lines to a docstring, once."
+    lines = _signature(function)
+    if not lines or function.__doc__ and lines[0] in function.__doc__: return
+    function.__doc__ = '\n'.join([function.__doc__, '', *lines] if function.__doc__ else lines)
+
+def _explain_class(cls):
+    "Its `__init__`, and its public methods."
+    init = vars(cls).get('__init__')
+    if init and dataclasses.is_dataclass(cls) and not init.__doc__: init.__doc__ = '\n'.join(_fields(cls)) or None
+    for name, method in vars(cls).items():
+        if isinstance(method, FunctionType) and (name[0] != '_' or name == '__init__'): _describe(method)
+
 def explain_classes(
     names: dict[str, object],  # a module's `globals()`
 ) -> None:
-    "Give the `__init__` of each public class that the module defines a docstring with a line for each argument."
-    for name, cls in names.items():
-        if not isinstance(cls, type) or name[0] == '_' or cls.__module__ != names['__name__']: continue
-        if '__init__' not in vars(cls) or vars(cls)['__init__'].__doc__: continue
-        text = _explanation(cls)
-        if text: vars(cls)['__init__'].__doc__ = text
+    "Give the public classes and functions that the module defines docstrings with a line for each argument."
+    if 'nbdev.showdoc' in sys.modules and 'IN_TEST' not in os.environ: return  # it shows the comments themselves
+    for name, one in names.items():
+        if name[0] == '_' or getattr(one, '__module__', None) != names['__name__']: continue
+        if isinstance(one, type): _explain_class(one)
+        elif isinstance(one, FunctionType): _describe(one)
 
 # %% ../nbs/engine/explain.ipynb #ae8ddbce
 class _Help(argparse.HelpFormatter):

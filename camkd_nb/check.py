@@ -178,12 +178,12 @@ def _palettes(vocab, pairs) -> Iterator[tuple[str, str]]:
 def _leaks(lists, pairs) -> Iterator[tuple[str, str]]:
     "Images of one content under two names, in two of the lists train, val and test."
     where, parts = defaultdict(dict), _parts(lists)  # content -> name of a list -> an image
-    times = Counter(pair.content for pair in pairs.values())
+    times = Counter(pair.content for pair in pairs.values() if pair.content)
     for name in ('train', 'val', 'test'):
         for id in sorted(parts.get(name, ())):
             if pairs[id].content: where[pairs[id].content].setdefault(name, pairs[id].photo)
     for content, there in where.items():
-        if len(set(there.values())) < 2 or 2 * times[content] > len(pairs): continue  # most images: a test pattern
+        if len(set(there.values())) < 2 or 2 * times[content] > times.total(): continue  # most images: a test pattern
         name, *others = there
         for other in others:
             yield there[other], (f'an image of {other} is in {name}, too, under another name: the score looks too '

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/colours.ipynb #cb7f6dfb
+# %% ../nbs/engine/colours.ipynb #ae649272
 import csv, difflib, re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .lists import text_lines
 from .photos import open_picture, stored_indices
 from .voc import VOID
 
-# %% ../nbs/engine/colours.ipynb #8d9a9eac
+# %% ../nbs/engine/colours.ipynb #c60e407b
 Colour = tuple[int, ...]  # red, green, blue, each 0..255
 
 @dataclass
@@ -35,7 +35,7 @@ _FORMS = (r'(?P<name>[^:]+):(?P<rgb>\d+,\d+,\d+):.*', r'(?P<rgb>\d+\s+\d+\s+\d+)
           r'(?P<rgb>\d+,\s*\d+,\s*\d+),\s*(?P<name>[^\d,][^,]*)', r'(?P<name>[^,]+),\s*(?P<rgb>\d+,\s*\d+,\s*\d+)',
           r'(?P<name>[^:,]+):*')
 
-# %% ../nbs/engine/colours.ipynb #08a0426e
+# %% ../nbs/engine/colours.ipynb #24a7eb74
 def _table_rows(lines):
     "The entries of a table with a header, or None."
     header = [cell.strip().lower() for cell in lines[0].split(',')]
@@ -65,7 +65,7 @@ def read_entries(
     except (ValueError, IndexError) as e:
         raise ValueError(f'{file}: not a list of classes ({e}). Write a line such as "128 0 0 car" for each.') from None
 
-# %% ../nbs/engine/colours.ipynb #e1e8394a
+# %% ../nbs/engine/colours.ipynb #08112797
 @dataclass
 class Legend:
     "From keys, values, colours or labels, to class indices."
@@ -86,7 +86,7 @@ class Legend:
         if index is None: self.unknown.setdefault(key, {})[str(where)] = None
         return VOID if index is None else index
 
-# %% ../nbs/engine/colours.ipynb #e2cd0025
+# %% ../nbs/engine/colours.ipynb #615b7039
 def first_few(
     names: Sequence[Any],
     n: int,  # how many to say
@@ -119,10 +119,10 @@ def make_legend(
     void = dict.fromkeys(void, VOID)
     return Legend(vocab, {**kept, **chosen, **void}, rest, frozenset(chosen | void))
 
-# %% ../nbs/engine/colours.ipynb #8a425839
+# %% ../nbs/engine/colours.ipynb #653e55a0
 explain_classes(globals())
 
-# %% ../nbs/engine/colours.ipynb #e15aaea5
+# %% ../nbs/engine/colours.ipynb #6b8d61d1
 def _packed(rgb): return (rgb.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(2, dtype=np.uint32)
 
 def _index(values):
@@ -146,7 +146,7 @@ def _wide(picture):
     "Whether values above 255 can be in it."
     return picture.format not in ('JPEG', 'MPO', 'WEBP') and picture.mode[:1] == "I"
 
-# %% ../nbs/engine/colours.ipynb #8a4cdfed
+# %% ../nbs/engine/colours.ipynb #194add59
 def mask_keys(
     file: Path,  # of a mask
     coloured: bool,  # its colours are listed
@@ -174,7 +174,7 @@ def read_foreign(
     keys, position = mask_keys(file, coloured)
     return np.array([legend.index_of(key, file) for key in keys], np.uint8)[position]
 
-# %% ../nbs/engine/colours.ipynb #c911b29b
+# %% ../nbs/engine/colours.ipynb #f338eb9f
 def _nearest(colour, legend):
     listed = [key for key in legend.known if isinstance(key, tuple)]
     near = min(listed, key=lambda key: sum((a - b)**2 for a, b in zip(key, colour)))
@@ -204,9 +204,11 @@ def refuse_unknown(
     key, files = max(sorted(legend.unknown.items(), key=str), key=lambda item: len(item[1]))
     others = [other for other in legend.unknown if other != key]
     more = f' Without a meaning are also {first_few(others, 8)}.' if others else ''
+    if isinstance(key, tuple) and len(others) > 20:
+        more += ' So many colours come from JPEG or from smooth resizing: export the masks again.'
     raise ValueError(f'{min(files)}: {_remedy(key, legend)} It is in {len(files)} of {n_files} files.{more}')
 
-# %% ../nbs/engine/colours.ipynb #418042e8
+# %% ../nbs/engine/colours.ipynb #4c456397
 def refuse_binary(
     legend: Legend,  # of values, after all masks were read
 ) -> None:
@@ -216,7 +218,7 @@ def refuse_binary(
                      f'be left. If 255 is {legend.vocab[-1]!r}, give mapping={{255: {len(legend.vocab) - 1}}}; '
                      'if it is void, give void=255.')
 
-# %% ../nbs/engine/colours.ipynb #e40b0999
+# %% ../nbs/engine/colours.ipynb #555dd156
 def as_colour(
     colour: Any,  # '#8000ff', or red, green and blue
 ) -> Colour:
@@ -240,7 +242,7 @@ def given_entries(
                          'and void=[...] for colours that are void.')
     return [Entry(name, as_colour(colour)) for name, colour in zip(classes, colours)]
 
-# %% ../nbs/engine/colours.ipynb #de570bf5
+# %% ../nbs/engine/colours.ipynb #ee859c52
 def as_list(
     void: Any,  # None, one key or several; a tuple is a colour
 ) -> list[Any]:
@@ -276,10 +278,11 @@ def mask_legend(
     rows = list(entries) if coloured or classes is None else [Entry(name) for name in names]
     keys = {row.name: row.colour if coloured else i if row.value is None else row.value for i, row in enumerate(rows)}
     def as_key(said):
+        if isinstance(said, np.integer): said = int(said)
         if said in keys: return keys[said]
         if said == '*' or not coloured: return said
         return rows[said].colour if isinstance(said, int) and said in range(len(rows)) else as_colour(said)
-    own = {keys[row.name]: vocab.index(row.name) for row in rows if row.name in vocab}
-    own |= {(224, 224, 192): VOID} | own if coloured else {VOID: VOID} | own  # VOC's cream
+    own: dict[Hashable, int] = {(224, 224, 192) if coloured else VOID: VOID}  # VOC's cream
+    own |= {keys[row.name]: vocab.index(row.name) for row in rows if row.name in vocab}
     lost = [key for name, key in keys.items() if name in dropped or name.lower() == 'void' and name not in vocab]
     return make_legend(vocab, own, {as_key(old): new for old, new in mapping.items()}, [*map(as_key, void), *lost])

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/outlines.ipynb #dc44e4c1
+# %% ../nbs/engine/outlines.ipynb #b1de49dd
 import base64, json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from .explain import explain_classes
 
-# %% ../nbs/engine/outlines.ipynb #ab4cf47c
+# %% ../nbs/engine/outlines.ipynb #1b00bcb1
 Part = tuple[int, int, np.ndarray]  # left, top, and which pixels from there on are covered, bool, (h, w)
 
 def _window(points, size):
@@ -45,7 +46,7 @@ def polygon_part(
         np.add.at(flips, (row, column), 1)
     return left, top, flips.cumsum(1)[:, :-1] % 2 == 1
 
-# %% ../nbs/engine/outlines.ipynb #f9a5b826
+# %% ../nbs/engine/outlines.ipynb #f24f8ec0
 def ellipse_part(
     centre: tuple[float, float],  # x, y, pixels
     radii: tuple[float, float],  # along x and along y, pixels
@@ -69,11 +70,11 @@ def paint(
     seen = canvas[y:max(top + inside.shape[0], 0), x:max(left + inside.shape[1], 0)]
     seen[inside[y - top:, x - left:][:seen.shape[0], :seen.shape[1]]] = value
 
-# %% ../nbs/engine/outlines.ipynb #21d6fc02
+# %% ../nbs/engine/outlines.ipynb #519f42db
 def runs_mask(
     counts: Iterable[int],  # lengths of runs, outside first
     shape: tuple[int, int],  # height and width, pixels
-    order: str = 'C',  # 'C' along the rows, 'F' down the columns
+    order: Literal['C', 'F'] = 'C',  # 'C' along the rows, 'F' down the columns
 ) -> np.ndarray:  # bool, (h, w)
     "The pixels of a run-length code."
     lengths = np.asarray(list(counts), int)
@@ -86,7 +87,7 @@ def _compressed(code, shape):
     except ImportError: raise ValueError('the runs are compressed. Run: pip install pycocotools') from None
     return decode({'size': list(shape), 'counts': code}).astype(bool)
 
-# %% ../nbs/engine/outlines.ipynb #731cb0af
+# %% ../nbs/engine/outlines.ipynb #3018465f
 @dataclass
 class Outline:
     "One object: its label, and its pixels for a size of the photo."
@@ -116,15 +117,15 @@ class Sheet:
             for part in parts: paint(canvas, part, value)
         return canvas
 
-# %% ../nbs/engine/outlines.ipynb #c4811d51
+# %% ../nbs/engine/outlines.ipynb #843addd2
 explain_classes(globals())
 
-# %% ../nbs/engine/outlines.ipynb #69d7e181
+# %% ../nbs/engine/outlines.ipynb #0ab207df
 def _labelme_part(shape, size):
     points = np.asarray(shape['points'], float).reshape(-1, 2)
     kind = shape.get('shape_type') or 'polygon'
     if kind == 'circle': return ellipse_part(points[0], (np.hypot(*(points[1] - points[0])),) * 2, size)
-    if kind == 'rectangle': return polygon_part([box_corners(*points[:2].ravel())], size)
+    if kind == 'rectangle': return polygon_part([box_corners(*points.min(0), *points.max(0))], size)
     if kind != 'mask': return polygon_part([points], size)
     inside = np.asarray(Image.open(BytesIO(base64.b64decode(shape['mask'])))).astype(bool)
     return *np.round(points.min(0)).astype(int).tolist(), inside
@@ -145,7 +146,7 @@ def _with_holes(shapes, size):
         canvas = canvas & ~own if (canvas[own == 1] == 1).all() else canvas | own
     return [(0, 0, canvas == 1)]
 
-# %% ../nbs/engine/outlines.ipynb #d484334c
+# %% ../nbs/engine/outlines.ipynb #a65d2f52
 def _labelme_object(shapes):
     if len(shapes) == 1: return lambda size: [_labelme_part(shapes[0], size)]
     return lambda size: _with_holes(shapes, size)
@@ -165,7 +166,7 @@ def _labelme(file, data):
     return Sheet(photo, (width, height) if width and height else None, file,
                  [Outline(label, _labelme_object(shapes)) for (label, *_), shapes in objects.items()])
 
-# %% ../nbs/engine/outlines.ipynb #b6583722
+# %% ../nbs/engine/outlines.ipynb #af5d469f
 def _coco_object(file, annotation):
     "What gives the pixels of a COCO annotation."
     code, number = annotation.get('segmentation'), annotation.get('id')
@@ -200,7 +201,7 @@ def _coco(file, data):
 
 def _size(image): return (image['width'], image['height']) if image.get('width') and image.get('height') else None
 
-# %% ../nbs/engine/outlines.ipynb #6ccfbfbc
+# %% ../nbs/engine/outlines.ipynb #d4ad617c
 def _numbers(text): return [float(number) for number in text.replace(';', ',').split(',')]
 
 def _turned(corners, degrees):
@@ -226,7 +227,7 @@ def _cvat_parts(kind, given, size):
 
 _CVAT_NUMBERS = 'xtl ytl xbr ybr cx cy rx ry left top width height'.split()
 
-# %% ../nbs/engine/outlines.ipynb #6a6d2bad
+# %% ../nbs/engine/outlines.ipynb #4fd69cb3
 def _cvat_sheet(file, image):
     found = [element for element in image if element.tag != 'tag']
     for element in found:
@@ -234,8 +235,7 @@ def _cvat_sheet(file, image):
             raise ValueError(f'{file}: {element.get("label")!r} in {image.get("name")} is a {element.tag}, which has '
                              'no area. Outline it as a polygon, or delete it.')
     found.sort(key=lambda element: int(element.get('z_order', 0)))
-    outlines = [Outline(element.attrib['label'], lambda size, e=element: _cvat_parts(e.tag, e.attrib, size))
-                for element in found]
+    outlines = [Outline(e.attrib['label'], partial(_cvat_parts, e.tag, e.attrib)) for e in found]
     size = {name: int(image.get(name, 0)) for name in ('width', 'height')}
     return Sheet(image.attrib['name'], _size(size), file, outlines, split=image.get('subset'))
 
@@ -249,7 +249,7 @@ def _cvat(file, root):
 
 def _labels(sheets): return sorted({outline.label for sheet in sheets for outline in sheet.outlines})
 
-# %% ../nbs/engine/outlines.ipynb #15e92187
+# %% ../nbs/engine/outlines.ipynb #8b3878c0
 KINDS = 'labelme JSON, COCO JSON, CVAT for images 1.1 (XML)'
 
 def _parsed(file):
@@ -272,7 +272,7 @@ def _one_sheet(file, data):
     sheet = _labelme(file, data)
     return [sheet], _labels([sheet])
 
-# %% ../nbs/engine/outlines.ipynb #a8632f2c
+# %% ../nbs/engine/outlines.ipynb #708b11a5
 def is_annotation(
     file: Path,
 ) -> bool:

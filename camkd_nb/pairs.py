@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/pairs.ipynb #d1037682
+# %% ../nbs/engine/pairs.ipynb #204cbc13
 import random, re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from .colours import first_few
 from .explain import explain_classes
 from .lists import PHOTO_SUFFIXES, text_lines
 
-# %% ../nbs/engine/pairs.ipynb #b44cf5e2
+# %% ../nbs/engine/pairs.ipynb #d18aba91
 def base_of(
     source: str | Path,  # a folder, or a pattern of files below one
 ) -> tuple[Path, str]:  # the folder, and the pattern below it
@@ -40,7 +40,7 @@ def pictures(
              and not (without and file.absolute().is_relative_to(without))]
     return sorted(file for file in files if not any(part[0] == '.' for part in file.parts))
 
-# %% ../nbs/engine/pairs.ipynb #3efe3ad4
+# %% ../nbs/engine/pairs.ipynb #09ca9bad
 _MASKS = re.compile(r'annot|label|mask|gt|segmentation', re.I)
 
 def _heads(stem):
@@ -55,11 +55,12 @@ def divide(
     "Tell masks from photos in a folder of both."
     masks = {file for file in files if any(_MASKS.search(part) for part in file.parent.parts)}
     if not masks:
-        names = {(file.parent, file.stem) for file in files}
-        masks = {file for file in files if any((file.parent, head) in names for head, end in _heads(file.stem) if end)}
+        names = Counter((file.parent, file.stem) for file in files)
+        masks = {file for file in files if any((file.parent, head) in names for head, end in _heads(file.stem) if end)
+                 or file.suffix.lower() == '.png' and names[file.parent, file.stem] > 1}
     return [file for file in files if file not in masks], [file for file in files if file in masks]
 
-# %% ../nbs/engine/pairs.ipynb #7acb2977
+# %% ../nbs/engine/pairs.ipynb #8f77ac47
 _FOLDER_WORDS = re.compile(r'[_\- ]?(annot\w*|labels?|masks?|gt\w*|images?|imgs?|photos?|leftimg8bit|'
                            r'jpegimages|segmentationclass)$')
 
@@ -82,7 +83,7 @@ def _one_tail(tails, pattern):
     raise ValueError(f'each photo has several masks, which end in {", ".join(sorted(best))}. Say which are meant: '
                      f"masks='{pattern}/**/*{sorted(best)[-1]}.png'.")
 
-# %% ../nbs/engine/pairs.ipynb #5810c33e
+# %% ../nbs/engine/pairs.ipynb #9050c43e
 @dataclass
 class Pairs:
     "What belongs together, and what is left over."
@@ -115,18 +116,17 @@ def make_pairs(
     tail = _common_tail([photo.stem for photo in photos])
     named = defaultdict(list)
     for photo in photos: named[photo.stem.removesuffix(tail)].append(photo)
-    heads = {mask: next(((end, head) for head, end in _heads(mask.stem) if head in named), None) for mask in masks}
-    found = [pair for pair in heads.values() if pair]
-    if not found: raise ValueError(f'no mask has the name of a photo. Photos are called {first_few(photos, 2)}, masks '
+    heads = {mask: (end, head) for mask in masks for head, end in [*_heads(mask.stem)][::-1] if head in named}
+    if not heads: raise ValueError(f'no mask has the name of a photo. Photos are called {first_few(photos, 2)}, masks '
                                    f'{first_few(masks, 2)}: the name of a mask begins with that of its photo.')
-    end, groups = _one_tail(found, pattern), defaultdict(list)
-    own = [mask for mask in masks if heads[mask] is None or heads[mask][0] == end]
+    end, groups = _one_tail([*heads.values()], pattern), defaultdict(list)
+    own = [mask for mask in masks if mask not in heads or heads[mask][0] == end]
     for mask in own:
-        if heads[mask]: groups[_the_photo(mask, named[heads[mask][1]])].append(mask)
+        if mask in heads: groups[_the_photo(mask, named[heads[mask][1]])].append(mask)
     pairs = [(photo, _closest(photo, groups[photo])) for photo in photos if groups[photo]]
-    return Pairs(pairs, [photo for photo in photos if not groups[photo]], [m for m in own if not heads[m]])
+    return Pairs(pairs, [photo for photo in photos if not groups[photo]], [m for m in own if m not in heads])
 
-# %% ../nbs/engine/pairs.ipynb #1e5a89d5
+# %% ../nbs/engine/pairs.ipynb #36dc8d8b
 _SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
            'test': 'test', 'testing': 'test'}
 
@@ -144,7 +144,7 @@ class Item:
     name: str  # of its photo, with its folders, as the source has it
     split: str | None = None  # the list that the source counts it to
 
-# %% ../nbs/engine/pairs.ipynb #415a34bc
+# %% ../nbs/engine/pairs.ipynb #7029995a
 def _looked_up(items):
     "A function from a name in a list to the item."
     known = defaultdict(set)
@@ -174,7 +174,7 @@ def listed_ids(
                               'Take them out, or bring their photos and masks.')
     return list(dict.fromkeys(id for id in found.values() if id))
 
-# %% ../nbs/engine/pairs.ipynb #cef41301
+# %% ../nbs/engine/pairs.ipynb #c42356e9
 def _by_chance(items, shares, seed, groups):
     "Ids of each list, drawn in groups that stay together."
     if not .999 < sum(shares.values()) < 1.001 or min(shares.values()) <= 0:
@@ -198,12 +198,15 @@ def _group_of(id, pattern):
     if found is None: raise ValueError(f'groups={pattern!r} is not in the name {id!r}.')
     return found[1] if found.re.groups else found[0]
 
-# %% ../nbs/engine/pairs.ipynb #1df21feb
+# %% ../nbs/engine/pairs.ipynb #e2aa586e
 def _named(items, name, chosen):
     "The ids of a list that the user describes by a file, a folder or names."
     if not isinstance(chosen, (str, Path)): return listed_ids(items, chosen, f'splits[{name!r}]')
     if Path(chosen).is_file(): return listed_ids(items, (line for _, line in text_lines(chosen)), str(chosen))
-    ids = [item.id for item in items if str(chosen) in (item.split, *PurePosixPath(item.name).parts[:-1])]
+    folder, path = str(chosen).rstrip('/'), Path(chosen).expanduser()
+    last = path.name if path.is_dir() else folder
+    ids = [item.id for item in items if item.name.startswith(f'{folder}/')
+           or {folder, last} & {item.split, *PurePosixPath(item.name).parts[:-1]}]
     if not ids: raise ValueError(f'splits[{name!r}] is {str(chosen)!r}: no list of that name, and no folder of images.')
     return ids
 
@@ -231,13 +234,14 @@ def make_splits(
         return {name: _named(items, name, chosen) for name, chosen in splits.items()}, 'as given'
     lists, where = _own_lists(items, lists_in)
     if lists: return lists, f'from {where}'
-    named = {item.split for item in items}
-    if {'train', 'val'} <= named and None not in named:
-        return {name: [i.id for i in items if i.split == name] for name in sorted(named, key=str)}, "the source's own"
-    if None not in named and len(named) > 1:
-        raise ValueError(f'the source has {" and ".join(sorted(named))}, and training asks for train and val. Say '
+    named = sorted({item.split for item in items if item.split})
+    if not all(item.split for item in items): named = []
+    if 'train' in named and 'val' in named:
+        return {name: [item.id for item in items if item.split == name] for name in named}, "the source's own"
+    if len(named) > 1:
+        raise ValueError(f'the source has {" and ".join(named)}, and training asks for train and val. Say '
                          "which is which, as in splits={'train': 'train', 'val': 'test'}, or {'train': .8, 'val': .2}.")
     return _by_chance(items, {'train': .8, 'val': .2}, seed, groups), f'by chance, seed {seed}' 
 
-# %% ../nbs/engine/pairs.ipynb #8037b33b
+# %% ../nbs/engine/pairs.ipynb #135b9b98
 explain_classes(globals())

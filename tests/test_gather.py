@@ -198,13 +198,15 @@ def test_grey_colours(tmp_path):
 def test_mixed_colours(tmp_path):
     folders = pairs(tmp_path, lambda f: mask(f.with_suffix('.jpg'), painted(sky, car)))
     refused(tmp_path, 'Export the masks again as PNG', *folders, colours=[sky, car])
+    smooth = pairs(tmp_path, lambda f: Image.fromarray(painted(sky, car)).resize((W // 7, H // 7), 3).resize((W, H), 3).save(f), photos='s/photos/{}.jpg', masks='s/{}.png')
+    refused(tmp_path, 'export the masks again', smooth[0]/'photos', smooth[1], colours=[sky, car])
     grey = pairs(tmp_path, lambda f: mask(f.with_suffix('.jpg')), masks='grey/{}.png')
     refused(tmp_path, 'Export the masks again as PNG', *grey)
 
 
 # Names, folders, lists
 
-@pytest.mark.parametrize('masks', ['masks/{}_L.png', 'masks/{}_mask.png', 'masks/{}_gtFine_labelIds.png', 'masks/{}.jpg.png', 'masks/{} mask.png', 'masks/deep/{}.PNG', 'photos/{}_mask.png', 'photos/masks/{}.png'])
+@pytest.mark.parametrize('masks', ['masks/{}_L.png', 'masks/{}_mask.png', 'masks/{}_gtFine_labelIds.png', 'masks/{}.jpg.png', 'masks/{} mask.png', 'masks/deep/{}.PNG', 'photos/{}_mask.png', 'photos/{}.png', 'photos/masks/{}.png'])
 def test_endings_and_folders(tmp_path, masks):
     names = '0001', 'IMG (2)', 'é_3'
     tree = gather(tmp_path, *pairs(tmp_path, names=names, masks=masks))
@@ -231,7 +233,8 @@ def test_camvid(tmp_path, unique):
             photo(tmp_path/f'CamVid/{split}/{name}.png'), mask(tmp_path/f'CamVid/{split}annot/{name}.png', shape * 11)
         (tmp_path/f'CamVid/{split}.txt').write_text(''.join(f'/SegNet/CamVid/{split}/{name}.png /SegNet/CamVid/{split}annot/{name}.png\n' for name in (names if unique or split == 'train' else '1')))
     sources = (tmp_path/'CamVid',) * 2
-    for i, splits in enumerate((None, {'train': tmp_path/'CamVid/train.txt', 'val': tmp_path/'CamVid/val.txt'}, {'train': 'train', 'val': 'val'})):
+    root = tmp_path/'CamVid'
+    for i, splits in enumerate((None, {'train': root/'train', 'val': str(root/'val')}, {'train': tmp_path/'CamVid/train.txt', 'val': tmp_path/'CamVid/val.txt'}, {'train': 'train', 'val': 'val'})):
         tree = gather(tmp_path/f'made {i}', *sources, void=11, splits=splits)
         assert all_are(tree, shape * VOID) and [len(voc_ids(tree, split)) for split in ('train', 'val')] == [2, 1]
     assert voc_ids(gather(tmp_path/'x', tmp_path/'CamVid/train', tmp_path/'CamVid/trainannot', void=11, splits={'train': ['1'], 'val': ['2']}), 'train') == ['1']
@@ -304,6 +307,7 @@ holed = shape.copy()
 holed[10:12, 10:12] = 0
 forms = {'polygon': ([{'points': corners}], shape), 'rectangle': ([{'points': [[30, 20], [5, 5]], 'shape_type': 'rectangle'}], shape),
          'hole': ([{'points': hole, 'group_id': 3}, {'points': corners, 'group_id': 3}], holed), 'two alike': ([{'points': corners, 'group_id': 3}] * 2, shape),
+         'four corners': ([{'points': corners, 'shape_type': 'rectangle'}], shape),
          'mask': ([{'points': [[5, 5], [29, 19]], 'shape_type': 'mask', 'mask': bitmap(np.ones((15, 25), np.uint8))}], shape),
          'over the border': ([{'points': [[5, 5], [90, 5], [90, 20], [5, 20]]}], np.pad(np.ones((15, 55), np.uint8), ((5, 20), (5, 0)))),
          'older': ([{'points': corners, 'shape_type': None, 'flags': {}}], shape), 'two points': ([{'points': corners}, {'points': corners[:2]}], shape)}

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/engine/columns.ipynb #778eca04
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -14,8 +15,10 @@ from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import to_detach
 from torch import Tensor
 
+from .classes import CommonClasses
 from .explain import explain_classes
 from .groups import fitting
+from .terms import Term
 
 # %% ../nbs/engine/columns.ipynb #05cf379b
 class Smooth(AvgSmoothLoss):
@@ -46,6 +49,18 @@ class TermColumns(Callback):
 
     def after_validate(self) -> None:
         if self.distill.trained and fitting(self.learn): self.recorder.log += list(self.distill.columns().values())
+
+# %% ../nbs/engine/columns.ipynb #e19116f8
+def announce(
+    terms: Mapping[str, Term],  # by their names
+    common: CommonClasses | None,  # of both networks; None: all, or told before
+) -> None:
+    "Say what was found and nobody named."
+    for name, term in terms.items():
+        pairs = term.pairs.items() if term.layers is None else ()
+        said = ', '.join(f"the student's {a} with the teacher's {b}" for a, b in pairs)
+        if said: print(f'{name} compares {said}')
+    if common is not None and common.vocabs: print(common)
 
 # %% ../nbs/engine/columns.ipynb #4f3b41d9
 explain_classes(globals())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .attention import MapMethod
 from .classes import Classes, common_classes
-from .columns import Smooth, TermColumns
+from .columns import Smooth, TermColumns, announce
 from .distiller import Distiller
 from .explain import explain_classes
 from .groups import Attached, OwnGroup, fitting, same_gradients, same_start
@@ -31,7 +31,8 @@ from .losses import ClassAttention, Distance
 from .teachercheck import TeacherCheck, verdict
 from .tensors import Read
 from .terms import Term, Weight
-from .watch import FiniteWatch, NotFinite, cause_of
+from .unlabelled import Source, Unlabelled, confident
+from .watch import FiniteWatch, report
 
 # %% ../nbs/07_distill.ipynb #8941bd62
 def _leave_optimiser(distill):
@@ -79,20 +80,11 @@ class _Joined(Attached):
         self.distiller = None
 
     def __getstate__(self) -> dict:
-        gone = dict.fromkeys(('teacher', 'distiller', 'scores', 'own_group', 'finite', 'reading'))
-        return {**super().__getstate__(), **gone, 'terms': {}, 'kept': {}}
+        kept_out = 'teacher', 'distiller', 'scores', 'own_group', 'finite', 'reading', 'unlabelled', 'answers'
+        gone = {**dict.fromkeys(kept_out), 'terms': {}, 'kept': {}}
+        return {**super().__getstate__(), **gone}
 
 # %% ../nbs/07_distill.ipynb #08629869
-def _announce(distill):
-    "Say what was found and nobody named."
-    for name, term in distill.terms.items():
-        pairs = term.pairs.items() if term.layers is None else ()
-        said = ', '.join(f"the student's {a} with the teacher's {b}" for a, b in pairs)
-        if said: print(f'{name} compares {said}')
-    common = distill.reading['classes']
-    if common is not None and common.vocabs and not distill.told: print(common)
-    distill.told = True
-
 def _check_learner(distill, learn):
     "What cannot work is said before anything is built."
     blending = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)), None)
@@ -115,7 +107,8 @@ def _start(distill, learn):
     same_start(own)
     if searching: distill.kept = {name: deepcopy(term.state_dict()) for name, term in distill.terms.items()}
     elif own: _join_optimiser(distill, learn, own)
-    if learn.logger is not noop: _announce(distill)
+    if learn.logger is not noop: announce(distill.terms, None if distill.told else distill.reading['classes'])
+    distill.told = True
 
 # %% ../nbs/07_distill.ipynb #126a5d67
 def _guarded(distill, one_batch, *args):
@@ -141,24 +134,23 @@ def _warn_of_teacher(distill):
     distill.warned = wrong is not None
 
 # %% ../nbs/07_distill.ipynb #b90e6cb5
-def _report(distill, found: NotFinite | None):
-    "Stop; where a loss scale is at work, it skips such steps by itself, and it is only said."
-    if found is None: return
-    cause = cause_of(found, distill.distiller.teacher)
-    message = f'{found.name} is {found.value} in epoch {found.epoch}, batch {found.batch}: {cause}'
+def _report(distill, found):
+    "Stop, or say so where a loss scale is at work, which skips such steps by itself."
     scaler = getattr(distill.learn, 'scaler', None)
-    if scaler is None or not scaler.is_enabled(): raise FloatingPointError(message)
-    more = '' if found.steps == 1 else f' (and {found.steps - 1} more since)'
-    warnings.warn(f'{message}; the loss scale skips this step{more}', stacklevel=3)
+    if found: report(found, distill.distiller.teacher, scaler is not None and scaler.is_enabled())
 
 def _look(distill, values, task):
-    "Whether the batch's terms are finite, and both networks' scores on it."
+    "Whether the batch's terms are finite; the batch as they saw it."
     step, distill.distiller.compared = distill.distiller.compared, None
-    if step is None: return
+    if step is None: return None
     found = distill.finite.look({name: value for name, (value, _) in values.items()}, task, step.teacher.logits,
                                 step.student.logits, (distill.epoch, distill.iter))
     _report(distill, found)
-    if step.mask is None: return
+    return step
+
+def _score(distill, step):
+    "Both networks on a batch with labels."
+    if step is None or step.mask is None: return
     if distill.scores is None: distill.scores = TeacherCheck(step.teacher.logits.shape[1])
     distill.scores.update(step.teacher.logits, step.student.logits, step.mask)
 
@@ -169,30 +161,46 @@ def _task(learn, x):
     check_task(learn.loss_grad)
     return learn.loss_grad
 
+def _add_unlabelled(distill, learn):
+    "Add the terms on a batch without labels; the network itself is run, since its wrapper expects one pass a step."
+    x, distiller = distill.unlabelled.next(), distill.distiller
+    with distiller: output = distiller.student(x)
+    values = distiller(x, distill.answers, output, learn.pct_train, none := x.new_zeros(()))
+    _look(distill, values, none)
+    if not values: return
+    total = sum((weight * value for value, weight in values.values()), none)
+    learn.loss_grad = learn.loss_grad + total
+    distill.smooth['unlabelled'].accumulate(total)
+
 def _add_terms(distill, learn):
     "Add Σ λ·term to the loss that is optimised and to the one that is recorded."
     x, mask = learn.xb[0].as_subclass(Tensor), learn.yb[0].as_subclass(Tensor) if len(learn.yb) else None
     task = learn.loss_grad = _task(learn, x)
     values = distill.distiller(x, mask, learn.pred, learn.pct_train, task)
     distill.used = dict.fromkeys(distill.terms, 0.) | {name: weight for name, (_, weight) in values.items()}
-    _look(distill, values, task)
+    _score(distill, _look(distill, values, task))
     for name, (value, weight) in values.items():
         learn.loss_grad = learn.loss_grad + weight * value
         distill.smooth[name].accumulate(value)
+    if distill.unlabelled: _add_unlabelled(distill, learn)
     learn.loss = learn.loss_grad.clone()
 
 # %% ../nbs/07_distill.ipynb #ae03376d
+def _meters(distill): return [*distill.terms, *(['unlabelled'] if distill.unlabelled else [])]
+
 def _begin_fit(distill):
     distill.trained, distill.warned, distill.scores, distill.used = False, False, None, {}
-    distill.smooth = {name: Smooth(beta=distill.beta) for name in distill.terms}
+    distill.smooth = {name: Smooth(beta=distill.beta) for name in _meters(distill)}
     distill.finite = FiniteWatch(distill.terms)
     distill.broke_off(distill.learn)  # where the last fit did
     _start(distill, distill.learn)
+    if distill.unlabelled: distill.unlabelled.begin_fit(distill.learn)
 
 def _begin_epoch(distill):
     distill.trained = True
     if distill.scores: distill.scores.reset()
     _guard_batches(distill, distill.learn)
+    if distill.unlabelled: distill.unlabelled.begin_epoch(distill.epoch, next(distill.model.parameters()).device)
 
 def _settle(distill):
     "Look at what was left on the device, before anything is saved."
@@ -201,6 +209,7 @@ def _settle(distill):
 
 def _end_epoch(distill):
     _unguard_batches(distill.learn)
+    if distill.unlabelled: distill.unlabelled.end_epoch()
     _settle(distill)
     _warn_of_teacher(distill)
 
@@ -219,6 +228,8 @@ class Distill(_Joined):
         student_output: Read = None,  # from what the student returns to logits (B, C, H, W); None: found
         teacher_output: Read = None,  # the same for the teacher
         classes: Classes = None,  # {teacher class: student class}, or their two lists of names; None: the same classes
+        unlabelled: Source = None,  # images without labels, for the terms: a folder, files, or a loader of images
+        confidence: float | None = None,  # 0 to 1: where the teacher is less sure of them, they are void
         show_teacher: bool = False,  # columns for both networks' mean IoU on training batches
         beta: float = .98,  # smoothing of the columns, as for fastai's `train_loss`
     ) -> None:
@@ -227,6 +238,7 @@ class Distill(_Joined):
         self.teacher, self.terms, self.show_teacher, self.beta = teacher, named_terms(terms), show_teacher, beta
         self.reading = dict(student_output=student_output, teacher_output=teacher_output,
                             classes=common_classes(classes))
+        self.unlabelled, self.answers = None if unlabelled is None else Unlabelled(unlabelled), confident(confidence)
         self.companions, self.distiller, self.own_group = (TermColumns(self), _LeaveLate(self)), None, None
         self.trained, self.warned, self.told, self.scores, self.finite = False, False, False, None, None
         self.smooth, self.used, self.kept = {}, {}, {}
@@ -251,7 +263,7 @@ class Distill(_Joined):
         "The progress table's columns of this callback, with their present values."
         nobody = dict.fromkeys(TeacherCheck.COLUMNS, float('nan'))
         shown = (self.scores.values() if self.scores else nobody) if self.show_teacher else {}
-        return {**{name: self.value(name) for name in self.terms}, **shown}
+        return {**{name: self.value(name) for name in _meters(self)}, **shown}
 
 # %% ../nbs/07_distill.ipynb #01dadf8b
 class CAMDistill(Distill):
@@ -272,12 +284,14 @@ class CAMDistill(Distill):
         student_output: Read = None,  # from what the student returns to logits (B, C, H, W); None: found
         teacher_output: Read = None,  # the same for the teacher
         classes: Classes = None,  # {teacher class: student class}, or their two lists of names; None: the same classes
+        unlabelled: Source = None,  # images without labels, for the terms: a folder, files, or a loader of images
+        confidence: float | None = None,  # 0 to 1: where the teacher is less sure of them, they are void
         show_teacher: bool = False,  # columns for both networks' mean IoU on training batches
     ) -> None:
         term = ClassAttention(weight, layers, region=region, max_classes=max_classes, method=method, signed=signed,
                               second_order=second_order, absent=absent, distance=distance, every=every)
         super().__init__(teacher, term, student_output=student_output, teacher_output=teacher_output, classes=classes,
-                         show_teacher=show_teacher)
+                         unlabelled=unlabelled, confidence=confidence, show_teacher=show_teacher)
 
 # %% ../nbs/07_distill.ipynb #eb23dfd2
 explain_classes(globals())

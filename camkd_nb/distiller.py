@@ -18,12 +18,12 @@ from torch.nn.parameter import is_lazy
 from .attention import map_forward
 from .classes import Classes, common_classes
 from .explain import explain_classes
-from .inputs import (Reader, check_classes, check_logits, check_networks, check_task, checked_mask, checked_value,
+from .inputs import (Mask, Reader, check_classes, check_logits, check_networks, check_task, checked_mask, checked_value,
                              named_terms)
 from .layers import Taps, is_compiled, unwrapped
 from .probes import accepted
 from .pulls import Pulls, teaches
-from .tensors import Read, eval_mode, logits_of
+from .tensors import Read, eval_mode, logits_of, notice_probabilities
 from .terms import Side, Step, Term
 from .watch import LabelWatch
 
@@ -107,10 +107,12 @@ def _compare(distiller, x, mask, output, activations, terms):
     logits, mask = read.logits(output), checked_mask(mask, x)
     check_logits('student', logits, x)
     if len(activations) < len(distiller.paths): raise ValueError(_missed(is_compiled(distiller.given)))
-    if mask is not None: distiller.labels.look(mask, logits.shape[1])
-    if mask is not None and read.common: mask = read.common.labels(mask)
+    if isinstance(mask, Tensor): distiller.labels.look(mask, logits.shape[1])
+    if isinstance(mask, Tensor) and read.common: mask = read.common.labels(mask)
     teacher = _teacher_side(distiller.teacher, x, terms, theirs)
     check_logits('teacher', teacher.logits, x)
+    for model, z in ((distiller.student, logits), (distiller.teacher, teacher.logits)): notice_probabilities(model, z)
+    if callable(mask): mask = mask(teacher.logits.detach())
     step = Step(x, mask, Side(distiller.student, read.compared(logits), activations, read), teacher)
     check_classes(step)
     return step
@@ -164,7 +166,7 @@ def _terms_on(distiller, x, mask, output, progress, task):
     "Each term's value and weight."
     distiller.__exit__()  # the terms may run the student again: not through these taps
     activations, distiller._activations, distiller.compared = distiller._activations, {}, None
-    weights = {name: term.weight_on(progress, mask is not None) for name, term in distiller.terms.items()}
+    weights = {name: term.weight_on(progress, isinstance(mask, Tensor)) for name, term in distiller.terms.items()}
     checked_mask(mask, x)
     if not any(weights.values()): return {}
     _check_call(distiller)
@@ -213,7 +215,7 @@ class Distiller(TappedPair):
 
     def __call__(self,
         x: Tensor,  # images, (B, 3, H, W)
-        mask: Tensor | None,  # class indices, (B, H, W), `VOID` where nothing counts; None for unlabelled images
+        mask: Mask,  # class indices, (B, H, W), `VOID` where nothing counts; None: unlabelled; or what makes them
         output: object,  # what the student gave for `x` inside the `with` block
         progress: float = 0.,  # 0 at the start of training to 1 at its end, for the terms' schedules
         task: Tensor | None = None,  # the task loss on this batch, scalar; for relative weights

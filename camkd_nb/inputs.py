@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/engine/inputs.ipynb #fb5a79ab
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,8 @@ def named_terms(
     return named
 
 # %% ../nbs/engine/inputs.ipynb #37f3e360
+Mask = Tensor | Callable[[Tensor], Tensor] | None  # or a function of the teacher's logits; None: its answers
+
 def check_networks(
     student: nn.Module,
     teacher: nn.Module,
@@ -71,11 +73,11 @@ def check_networks(
     raise ValueError(f'student and teacher share {len(shared)} parameters: give a copy, as in copy.deepcopy(teacher)')
 
 def checked_mask(
-    mask: Tensor | None,  # class indices of any integer type, (B, H, W); None: unlabelled
+    mask: Mask,  # class indices of any integer type, (B, H, W), or what stands for them
     x: Tensor,  # images, (B, 3, H, W)
-) -> Tensor | None:  # int64
+) -> Mask:  # int64, or as it was
     "A mask as a plain tensor."
-    if mask is None: return None
+    if mask is None or callable(mask): return mask
     if not isinstance(mask, Tensor): raise TypeError(f'the mask is a {type(mask).__name__}: give a tensor (B, H, W)')
     if mask.is_floating_point() or mask.dtype == torch.bool:
         raise TypeError(f'the mask holds {mask.dtype}: give class indices, for example mask.long(); '

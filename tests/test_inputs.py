@@ -15,12 +15,15 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from camkd_nb.checkpoint import Checkpoint
+from camkd_nb.data import voc_dls
 from camkd_nb.distill import CAMDistill, Distill
 from camkd_nb.distiller import Distiller
 from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import ConfusionMatrix, SegLoss
 from camkd_nb.rivals import DIST, IFV, PairwiseKD
 from camkd_nb.terms import Relative, Term
+from camkd_nb.toyvoc import toy_voc
 
 layers, void = ['body'], 255
 
@@ -253,3 +256,44 @@ def test_no_step_after_the_first_waits_for_a_gpu(monkeypatch, classes, weight):
         for _ in range(2): losses = distiller.step(images, labels, loss)
         counts.update(losses.output, labels)
     assert len(losses.terms) == 7 and {value.device.type for value, _ in losses.terms.values()} == {'cuda'}
+
+
+class Totals(Callback):
+    order = 6
+    def before_fit(self): self.seen = []
+    def after_loss(self): self.training and self.seen.append((self.learn.loss_grad.item(), self.distill.smooth['unlabelled'].count))
+
+
+@pytest.mark.parametrize('confidence', [None, .4])
+def test_images_without_labels_add_the_terms_alone(confidence):
+    "On the first batch: task plus terms plus the terms of the other images, by hand"
+    others, teacher, totals = network(torch.randn, 4, 3, 16, 16, seed=5), network(seed=1), Totals()
+    terms = lambda: [PixelKD(), ChannelKD()]
+    fit(learner(train=DataLoader(data, bs=4)), Distill(teacher, terms(), unlabelled=DataLoader(list(others), bs=4), confidence=confidence), totals)
+    student = network()
+    answers = teacher.eval()(others).detach().softmax(1).max(1)
+    labels = None if confidence is None else answers.indices.masked_fill(answers.values < confidence, void)
+    first = step(student, teacher, terms()).total
+    distiller = Distiller(student, teacher, terms())
+    with distiller: output = student(others)
+    second = sum(weight * value for value, weight in distiller(others, labels, output).values())
+    assert totals.seen == [(pytest.approx((first + second).item(), rel=1e-3), 1)] and second > 0
+    if labels is not None: assert 0 < (labels == void).float().mean() < 1
+
+
+class Dies(Callback):
+    def before_batch(self):
+        if self.training and self.epoch == 1: raise KeyboardInterrupt
+
+
+def test_a_fit_with_images_without_labels_goes_on_as_if_nothing_had_happened(tmp_path):
+    tree = toy_voc(tmp_path, n_train=12, n_valid=2, size=32)
+    def train(name, *cbs):
+        set_seed(0)
+        dls = voc_dls(tree, size=32, bs=4, seed=0, n_train=4)
+        learn = Learner(dls, network(Net, 7), loss_func=SegLoss(), path=tmp_path)
+        return fit(learn, Distill(network(Net, 7, seed=1), PixelKD(), unlabelled=tree), Checkpoint(name), *cbs, epochs=3)
+    whole = train('whole.pth')
+    with pytest.raises(KeyboardInterrupt): train('again.pth', Dies())
+    again = train('again.pth')
+    assert torch.equal(weights(again.model), weights(whole.model)) and again.recorder.values == whole.recorder.values

@@ -1,6 +1,5 @@
-"""One process of several: distils a small student on its share of each batch. Started by `test_distributed.py` through torchrun."""
+"""One process of several: distils a small student on its share of each batch. Forked for `test_distributed.py`."""
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -61,14 +60,20 @@ def flat(model): return torch.cat([p.detach().flatten() for p in model.parameter
 def hooks(model): return sum(len(m._forward_hooks) for m in model.modules())
 
 
-def main(out, unused, dies):
+def main(out, how, world):
+    "`how`: 'used', 'unused' parameters, or 'dies'"
+    if int(world) > 1: dist.init_process_group('gloo')
+    distil(out, how == 'unused', how == 'dies', int(world))
+    if dist.is_initialized(): dist.destroy_process_group()
+
+
+def distil(out, unused, dies, world):
     torch.manual_seed(0)
     student = frozen_norms(toy_student(7))
     if unused: student = Unused(student)
     images, masks = torch.randn(16, 3, 64, 64), torch.stack([torch.randperm(16) % 7 for _ in range(16)])
     masks = masks.reshape(16, 4, 4).repeat_interleave(16, 1).repeat_interleave(16, 2)  # every image has the same classes
     masks[:, :8, :8] = 255
-    world = int(sys.argv[3])
     order = range(16) if world > 1 else [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]  # a batch of one process: those of two, joined
     data = [(images[i], masks[i]) for i in order]
     dls = DataLoaders(DataLoader(data, bs=8 // world, shuffle=False), DataLoader(data[:8], bs=8 // world))
@@ -87,9 +92,3 @@ def main(out, unused, dies):
             with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=handlers): learn.fit(2, cbs=[Checkpoint(f'{Path(out).stem}.pth'), *([Dies()] if dies else [])])
     torch.save(dict(weights=distill.weights, parameters=flat(learn.model), adapter=flat(terms[-1]), first=batches.adapter, groups=len(learn.opt.param_lists), losses=batches.seen,
                     hooks=hooks(learn.model) + hooks(teacher), wrapped=type(learn.model).__name__, columns=[list(row) for row in learn.recorder.values]), f'{out}.{rank_distrib()}')
-
-
-if __name__ == '__main__':
-    if int(sys.argv[3]) > 1: dist.init_process_group('gloo')
-    main(sys.argv[1], sys.argv[2] == 'unused', sys.argv[2] == 'dies')
-    if dist.is_initialized(): dist.destroy_process_group()

@@ -1,7 +1,6 @@
-"""A fit that may kill itself: in the middle of an epoch, or while it writes its checkpoint. Started by `test_resume.py`."""
+"""A fit that may kill itself: in the middle of an epoch, or while it writes its checkpoint. Forked for `test_resume.py`."""
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -42,6 +41,7 @@ def killed_while_saving():
 
 
 def main(folder, how):
+    folder = Path(folder)
     set_seed(0, reproducible=True)
     dls = voc_dls(toy_voc(folder / 'toy', n_train=32, n_valid=8, size=64), size=64, bs=8)
     learn = Learner(dls, toy_student(7), loss_func=SegLoss(), metrics=MeanIoU(), path=folder, model_dir=how if how == 'whole' else 'models')
@@ -55,5 +55,3 @@ def main(folder, how):
     parameters, adapter = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (learn.model, hint))
     torch.save(dict(parameters=parameters, adapter=adapter, epochs=len(learn.recorder.values), hypers=[dict(h) for h in learn.opt.hypers]), folder / f'{how}.result')
 
-
-if __name__ == '__main__': main(Path(sys.argv[1]), sys.argv[2])

@@ -1,14 +1,12 @@
-"""Distillation in two processes under torchrun, as fastai and Accelerate do it, against one process on the joined batches."""
+"""Distillation in two processes, as torchrun, fastai and Accelerate do it, against one process on the joined batches."""
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from warm import Warm
 
-worker = Path(__file__).with_name('distributed_worker.py')
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='forks')
 
 
 def free_port():
@@ -17,20 +15,21 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(*command, fails=False):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(worker.parents[1])}
-    done = subprocess.run([sys.executable, *map(str, command)], env=env, text=True, capture_output=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-
-
-def torchrun(*arguments, **kwargs): start('-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}', worker, *arguments, **kwargs)
+@pytest.fixture(scope='module')
+def start():
+    pytest.importorskip('accelerate')
+    warm = Warm('distributed_worker')
+    def start(out, how, n, fails=False):
+        statuses, output = warm.run(out, how, n, n=n, MASTER_ADDR='localhost', MASTER_PORT=str(free_port()))
+        assert all((status != 0) == fails for status in statuses), output
+    yield start
+    warm.close()
 
 
 @pytest.mark.parametrize('parameters', ['used', 'unused'])
-def test_two_processes_are_one(tmp_path, parameters):
-    pytest.importorskip('accelerate')
-    start(worker, tmp_path / 'one', parameters, 1)
-    torchrun(tmp_path / 'two', parameters, 2)
+def test_two_processes_are_one(start, tmp_path, parameters):
+    start(tmp_path / 'one', parameters, 1)
+    start(tmp_path / 'two', parameters, 2)
     one, first, second = (torch.load(tmp_path / name) for name in ('one.0', 'two.0', 'two.1'))
     assert torch.equal(first['parameters'], second['parameters'])
     assert first['weights'] == second['weights'] and 0 < first['weights']['channel_kd'] == pytest.approx(one['weights']['channel_kd'], rel=.02)
@@ -45,11 +44,10 @@ def test_two_processes_are_one(tmp_path, parameters):
     assert not list(tmp_path.rglob('*.pth'))  # the first process kept a checkpoint, and took it away at the end
 
 
-def test_two_processes_go_on_after_they_died(tmp_path):
-    pytest.importorskip('accelerate')
-    torchrun(tmp_path / 'whole', 'used', 2)
-    torchrun(tmp_path / 'again', 'dies', 2, fails=True)
+def test_two_processes_go_on_after_they_died(start, tmp_path):
+    start(tmp_path / 'whole', 'used', 2)
+    start(tmp_path / 'again', 'dies', 2, fails=True)
     assert [p.name for p in tmp_path.rglob('*.pth')] == ['again.pth']
-    torchrun(tmp_path / 'again', 'used', 2)
+    start(tmp_path / 'again', 'used', 2)
     whole, first, second = (torch.load(tmp_path / name) for name in ('whole.0', 'again.0', 'again.1'))
     for part in ('parameters', 'adapter'): assert torch.equal(first[part], second[part]) and torch.equal(first[part], whole[part])

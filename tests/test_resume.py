@@ -1,24 +1,26 @@
 """A training process that is killed with signal 9, and started again."""
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from warm import Warm
 
-worker = Path(__file__).with_name('resume_worker.py')
-
-
-def start(folder, how):
-    env = {**os.environ, 'PYTHONPATH': str(worker.parents[1])}  # this checkout's package, not an installed one
-    done = subprocess.run([sys.executable, worker, folder, how], env=env, text=True, capture_output=True, timeout=300)
-    return done.returncode, done.stdout + done.stderr
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='forks and signals')
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
+def start():
+    warm = Warm('resume_worker')
+    def start(*args):
+        [status], output = warm.run(*args)
+        return status, output
+    yield start
+    warm.close()
+
+
+@pytest.fixture(scope='module')
+def folder(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp('resume')
     status, output = start(folder, 'whole')
     assert status == 0, output
@@ -26,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize('how, epoch', [('epoch', 1), ('saving', 0)])
-def test_resumed_fit_ends_like_the_whole_one(folder, how, epoch):
+def test_resumed_fit_ends_like_the_whole_one(start, folder, how, epoch):
     assert start(folder, how)[0] == -signal.SIGKILL
     checkpoint = folder / 'models/checkpoint.pth'
     assert torch.load(checkpoint, weights_only=True)['epoch'] == epoch

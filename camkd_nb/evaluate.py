@@ -57,8 +57,8 @@ def _logits(model, x, read):
     try: answer = model(filled)
     except failures as error:
         raise ValueError(f'the network fails on an input of {height}×{width} pixels, and filled up to '
-                         f'{filled.shape[-2]}×{filled.shape[-1]}: {error}. If it takes one size only, such as 224, give '
-                         'size=224, pad=True') from first
+                         f'{filled.shape[-2]}×{filled.shape[-1]}: {error}. If it takes one size only, such as 224, '
+                         'give size=224, pad=True') from first
     return resize(logits_of(answer, read).float(), filled.shape[-2:])[..., :height, :width]
 
 # %% ../nbs/engine/evaluate.ipynb #b6ce8c66
@@ -139,7 +139,7 @@ def predict(
             return _classes(_segment(model, image, size, pad, flip, scales, output))
     if isinstance(photo, (str, Path)) and Path(photo).is_dir():
         return _segment_folder(_mask_of, Path(photo), out, progress)
-    if out is not None: raise ValueError("out= is for a folder: save one mask with write_mask(predict(...), 'mask.png')")
+    if out is not None: raise ValueError("out= is for a folder: save a mask with write_mask(predict(...), 'mask.png')")
     return _mask_of(photo)
 
 # %% ../nbs/engine/evaluate.ipynb #0b1be3a1

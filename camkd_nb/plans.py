@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/plans.ipynb #956b0318
+# %% ../nbs/engine/plans.ipynb #74ed4df2
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from .pairs import Item, base_of, divide, make_pairs, pictures, split_name
 from .photos import open_picture, orientation
 from .voc import VOID, background_class, check_pair
 
-# %% ../nbs/engine/plans.ipynb #a09eb1a8
+# %% ../nbs/engine/plans.ipynb #fcf99b72
 @dataclass
 class Task:
     "One photo, and what its mask is made of."
@@ -54,10 +54,10 @@ class Plan:
     lost: list[str]  # masks or annotations without a photo
     notes: list[str] = field(default_factory=list)  # what the user should know
 
-# %% ../nbs/engine/plans.ipynb #ad5edd39
+# %% ../nbs/engine/plans.ipynb #d33e9c5d
 explain_classes(globals())
 
-# %% ../nbs/engine/plans.ipynb #cfb7e7fd
+# %% ../nbs/engine/plans.ipynb #edb5fce0
 def _ids(names):
     "Ids without folders where these are unique, else with them."
     clean = [re.sub(r'\.\./|^\.?/+', '', re.sub(r'[\\\\:]|^#', '_', name)) for name in names]
@@ -82,7 +82,7 @@ def _list_folders(*sources):
     near = [folder for source in sources for folder in (source, source.parent)]
     return list(dict.fromkeys([*(folder/'ImageSets/Segmentation' for folder in near), *near]))
 
-# %% ../nbs/engine/plans.ipynb #99d0b7f6
+# %% ../nbs/engine/plans.ipynb #1d942a1e
 _LISTS = '_classes.csv', 'labelmap.txt', 'label_colors.txt', 'class_dict.csv', 'classes.txt', 'class_names.txt'
 
 def _found_list(masks, photos):
@@ -102,11 +102,13 @@ def _pair_up(images, masks, dest):
     photo_base, mask_base = base_of(images)[0], base_of(masks)[0]
     photos, found = pictures(images, dest), pictures(masks, dest)
     if str(images) == str(masks): photos, found = divide(photos)
+    elif photo_base.is_relative_to(mask_base) and photo_base != mask_base:
+        found = [file for file in found if not (mask_base/file).is_relative_to(photo_base)]
     own = {mask_base/file for file in found}
     photos = [file for file in photos if photo_base/file not in own]
     return photo_base, mask_base, make_pairs(photos, found, str(mask_base))
 
-# %% ../nbs/engine/plans.ipynb #da90b3f4
+# %% ../nbs/engine/plans.ipynb #f90a225c
 def header_of(
     photo: Path | bytes,
 ) -> tuple[tuple[int, int], int, str]:  # width and height as stored, pixels; orientation tag, 1..8; format
@@ -134,7 +136,7 @@ def _entries(meaning, listed, first_mask):
     else: return [], False
     return entries, not grey and all(entry.colour for entry in entries)
 
-# %% ../nbs/engine/plans.ipynb #07aaf77b
+# %% ../nbs/engine/plans.ipynb #4da59832
 def plan_masks(
     images: str | Path,  # a folder of photos, or a pattern
     masks: str | Path,  # a folder of masks, or a pattern
@@ -155,7 +157,7 @@ def plan_masks(
     mask_of, folders = partial(_mask_of, legend=legend, coloured=coloured), _list_folders(photo_base, mask_base)
     return Plan(tasks, legend, mask_of, folders, [*map(str, found.photos)], [*map(str, found.masks)], notes)
 
-# %% ../nbs/engine/plans.ipynb #d17f4b23
+# %% ../nbs/engine/plans.ipynb #de804322
 def _finder(base, photos):
     "A function from a sheet to its photo, of those below a folder."
     known = defaultdict(list)
@@ -174,7 +176,7 @@ def _finder(base, photos):
         return beside if beside.is_file() else embedded_photo(sheet.where)
     return find
 
-# %% ../nbs/engine/plans.ipynb #d943f9fe
+# %% ../nbs/engine/plans.ipynb #d9841c91
 def drawn_upright(
     photo: Path | bytes,
     sheet: Sheet,
@@ -193,7 +195,7 @@ def _draw(task, legend, ground):
     where = f'{task.source.where} ({task.source.photo})'
     return task.source.draw(size, lambda label: legend.index_of(label, where), ground)
 
-# %% ../nbs/engine/plans.ipynb #491effcc
+# %% ../nbs/engine/plans.ipynb #86813c6d
 def _label_legend(labels, meaning):
     "What the labels of outlines mean, and what the user should know of it."
     said, notes, nothing = list(meaning.classes or []), [], {'__ignore__', *(n for n in labels if n.lower() == 'void')}
@@ -210,7 +212,7 @@ def _label_legend(labels, meaning):
     own |= {name: index for index, name in enumerate(vocab)}
     return make_legend(vocab, own, meaning.mapping, meaning.void), notes
 
-# %% ../nbs/engine/plans.ipynb #d7103f2c
+# %% ../nbs/engine/plans.ipynb #dee42e98
 def annotation_files(
     source: str | Path,  # a file, or a folder
 ) -> list[Path]:  # none where it holds masks
@@ -247,7 +249,7 @@ def _names(found, base):
     files = ' and '.join(str(sheet.where) for (sheet, _), name in zip(found, names) if name == twice[0])
     raise ValueError(f'{len(twice)} photos are annotated twice, first {twice[0]}, by {files}. Keep one of them.')
 
-# %% ../nbs/engine/plans.ipynb #85568110
+# %% ../nbs/engine/plans.ipynb #8bc7752c
 def plan_outlines(
     images: str | Path,  # a folder of photos, or a pattern
     files: Sequence[Path],  # annotations

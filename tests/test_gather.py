@@ -41,7 +41,7 @@ def painted(*colours): return np.array(colours, np.uint8)[shape]
 
 def pairs(root, save=mask, names=('a', 'b', 'c'), photos='photos/{}.jpg', masks='masks/{}.png'):
     for name in names: photo(root/photos.format(name)), save(root/masks.format(name))
-    return root/photos.split('/')[0], root/masks.split('/')[0]
+    return root/photos.split('/')[0], root/masks.split('/')[0] if '/' in masks else root
 
 
 def gather(root, *sources, classes=('ground', 'thing'), **kwargs):
@@ -53,7 +53,7 @@ def all_are(tree, expected): return all((found == expected).all() for found in m
 
 
 def refused(root, why, *sources, **kwargs):
-    "Refused with these words, and nothing is left"
+    "Refused with these words, and nothing is left behind"
     before = sorted(root.rglob('*'))
     with pytest.raises(ValueError) as error: gather(root, *sources, **kwargs)
     assert why in str(error.value) and sorted(root.rglob('*')) == before
@@ -198,18 +198,18 @@ def test_grey_colours(tmp_path):
 def test_mixed_colours(tmp_path):
     folders = pairs(tmp_path, lambda f: mask(f.with_suffix('.jpg'), painted(sky, car)))
     refused(tmp_path, 'Export the masks again as PNG', *folders, colours=[sky, car])
-    smooth = pairs(tmp_path, lambda f: Image.fromarray(painted(sky, car)).resize((W // 7, H // 7), 3).resize((W, H), 3).save(f), photos='s/photos/{}.jpg', masks='s/{}.png')
-    refused(tmp_path, 'export the masks again', smooth[0]/'photos', smooth[1], colours=[sky, car])
+    smooth = pairs(tmp_path, lambda f: (mask(f), Image.fromarray(painted(sky, car)).resize((W // 7, H // 7), 3).resize((W, H), 3).save(f)), photos='smooth/{}.jpg', masks='fine/{}.png')
+    refused(tmp_path, 'export the masks again', *smooth, colours=[sky, car])
     grey = pairs(tmp_path, lambda f: mask(f.with_suffix('.jpg')), masks='grey/{}.png')
     refused(tmp_path, 'Export the masks again as PNG', *grey)
 
 
 # Names, folders, lists
 
-@pytest.mark.parametrize('masks', ['masks/{}_L.png', 'masks/{}_mask.png', 'masks/{}_gtFine_labelIds.png', 'masks/{}.jpg.png', 'masks/{} mask.png', 'masks/deep/{}.PNG', 'photos/{}_mask.png', 'photos/{}.png', 'photos/masks/{}.png'])
+@pytest.mark.parametrize('masks', ['masks/{}_L.png', 'masks/{}_mask.png', 'masks/{}_gtFine_labelIds.png', 'masks/{}.jpg.png', 'masks/{} mask.png', 'masks/deep/{}.PNG', 'photos/{}_mask.png', 'photos/{}.png', 'photos/masks/{}.png', '{}.png'])
 def test_endings_and_folders(tmp_path, masks):
     names = '0001', 'IMG (2)', 'é_3'
-    tree = gather(tmp_path, *pairs(tmp_path, names=names, masks=masks))
+    tree = gather(tmp_path/'made', *pairs(tmp_path/'data', names=names, masks=masks))
     assert all_are(tree, shape) and set(masks_of(tree)) == set(names)
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from .explain import explain_classes
 from .gradients import scaled_gradients, score_gradients
 from .layers import Taps, run_eagerly
-from .stages import last_stages
 from .regions import Classes, Region, asked_classes, at_least_one, check_labels, region_masks
 from .second_order import check_second_order, twice_differentiable, without_checkpoints
-from .tensors import Read, at_least_single, cell_share, eval_mode, full_precision, logits_of, unknown_name
+from .stages import last_stages
+from .tensors import (Read, at_least_single, cell_share, eval_mode, full_precision, logits_of,
+                              notice_probabilities, unknown_name)
 
 # %% ../nbs/05_attention.ipynb #36ab746e
 @dataclass
@@ -186,6 +187,7 @@ def map_forward(
         missing = [path for path in taps.modules if path not in taps.activations]
         if missing: raise ValueError(f'layer {missing[0]!r} did not run in the forward pass: tap one that does')
         if second_order: check_second_order(model, x, logits, taps.activations)
+    notice_probabilities(model, logits)
     return logits, taps.activations
 
 # %% ../nbs/05_attention.ipynb #d29f6e1e

@@ -115,10 +115,12 @@ def _going_back(): return torch._C._current_graph_task_id() != -1  # a checkpoin
 def _image(args, kwargs):
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 4), None)
 
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+
 def _in_reentrant_checkpoint():
     "Whether a part runs without a graph, to run again in the backward pass, where no tap is."
-    frame, codes = sys._getframe(), {torch.utils.checkpoint.CheckpointFunction.forward.__code__}
-    while frame is not None and frame.f_code not in codes: frame = frame.f_back
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _REENTRANT: frame = frame.f_back
     return frame is not None
 
 def _ran_twice(path):

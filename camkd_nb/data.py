@@ -180,7 +180,8 @@ def _legend(ax, present, names):
     "Name the classes above the picture, each beside its colour."
     legend = ax.legend([Patch(color=color_mask([i])[0]/255) for i in present], map(str, present), loc='lower center',
                        bbox_to_anchor=(.5, 1), ncols=3, fontsize=7, frameon=False, handlelength=1, columnspacing=1)
-    for text, i in zip(legend.get_texts(), present): names is None or write(text, names[i])
+    for text, i in zip(legend.get_texts(), present):
+        if names is not None: write(text, names[i])
     ax.axis('off')
 
 # %% ../nbs/02_data.ipynb #fe639728

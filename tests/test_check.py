@@ -1,10 +1,12 @@
 """`voc_check` finds what training would not notice: a right tree has no problem, a spoilt one has one line for each kind."""
 import numpy as np
 import pytest
+import torch
 from little_tree import exif_of, make_tree, photo, save_mask, save_photo, shape
 from PIL import Image
 
 from camkd_nb.check import voc_check
+from camkd_nb.figures import largest_class, show_attention
 from camkd_nb.voc import voc_palette
 
 rng = np.random.default_rng(0)
@@ -143,3 +145,12 @@ def test_sets_without_background(tmp_path):
     (root / 'classes.txt').write_text('background\nroad\n')
     found = voc_check(root, progress=False)
     assert found.empty == ['SegmentationClass/a.png'] and [text.get_text() for text in found.show().axes[0].get_yticklabels()] == ['road']
+
+
+def test_figures_of_sets_without_background():
+    net, x = torch.nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 8, 8)
+    mask = torch.tensor([[[0, 1, 2, 0]] * 4]).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    for names, drawn in ((['sky', 'road', 'car'], ['sky', 'road', 'car']), (['background', 'road', 'car'], ['road', 'car'])):
+        figure = show_attention({'net': net}, x, mask, vocab=names)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == drawn
+    assert largest_class(mask[0], None) == 0 and largest_class(mask[0]) in (1, 2)

@@ -6,7 +6,7 @@
 __all__ = ['NAME_FILES', 'PHOTO_SUFFIXES']
 
 # %% ../nbs/engine/lists.ipynb #3b62533b
-import codecs, os, unicodedata
+import codecs, os, re, unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -69,7 +69,12 @@ NAME_FILES = 'classes.txt', 'class_names.txt', 'labelmap.txt', 'labels.txt'  # t
 def _names(file):
     names = [line for _, line in text_lines(file)]
     if Path(file).name == 'labelmap.txt': names = [name.split(':')[0].strip() for name in names]
-    return names[1:] if names[:1] == ['__ignore__'] else names
+    names = names[1:] if names[:1] == ['__ignore__'] else names
+    numbered = [re.fullmatch(r'(\d+)[\s:,;]+(\S.*)', name) for name in names]
+    if not all(numbered): return names
+    if [int(match[1]) for match in numbered if match] == list(range(len(names))): return [m[2] for m in numbered if m]
+    raise ValueError(f'{file}: the numbers before the names are not 0, 1, 2 and so on. The name of index 0, often '
+                     'background, stands in the first line, and no index is left out.')
 
 # %% ../nbs/engine/lists.ipynb #26802775
 def read_names(

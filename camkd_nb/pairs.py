@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/pairs.ipynb #204cbc13
+# %% ../nbs/engine/pairs.ipynb #2b545290
 import random, re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from .colours import first_few
 from .explain import explain_classes
 from .lists import PHOTO_SUFFIXES, text_lines
 
-# %% ../nbs/engine/pairs.ipynb #d18aba91
+# %% ../nbs/engine/pairs.ipynb #849fa2c4
 def base_of(
     source: str | Path,  # a folder, or a pattern of files below one
 ) -> tuple[Path, str]:  # the folder, and the pattern below it
@@ -40,7 +40,7 @@ def pictures(
              and not (without and file.absolute().is_relative_to(without))]
     return sorted(file for file in files if not any(part[0] == '.' for part in file.parts))
 
-# %% ../nbs/engine/pairs.ipynb #09ca9bad
+# %% ../nbs/engine/pairs.ipynb #858d27df
 _MASKS = re.compile(r'annot|label|mask|gt|segmentation', re.I)
 
 def _heads(stem):
@@ -60,7 +60,7 @@ def divide(
                  or file.suffix.lower() == '.png' and names[file.parent, file.stem] > 1}
     return [file for file in files if file not in masks], [file for file in files if file in masks]
 
-# %% ../nbs/engine/pairs.ipynb #8f77ac47
+# %% ../nbs/engine/pairs.ipynb #775f66b5
 _FOLDER_WORDS = re.compile(r'[_\- ]?(annot\w*|labels?|masks?|gt\w*|images?|imgs?|photos?|leftimg8bit|'
                            r'jpegimages|segmentationclass)$')
 
@@ -83,7 +83,7 @@ def _one_tail(tails, pattern):
     raise ValueError(f'each photo has several masks, which end in {", ".join(sorted(best))}. Say which are meant: '
                      f"masks='{pattern}/**/*{sorted(best)[-1]}.png'.")
 
-# %% ../nbs/engine/pairs.ipynb #9050c43e
+# %% ../nbs/engine/pairs.ipynb #040a8c9f
 @dataclass
 class Pairs:
     "What belongs together, and what is left over."
@@ -126,7 +126,7 @@ def make_pairs(
     pairs = [(photo, _closest(photo, groups[photo])) for photo in photos if groups[photo]]
     return Pairs(pairs, [photo for photo in photos if not groups[photo]], [m for m in own if m not in heads])
 
-# %% ../nbs/engine/pairs.ipynb #36dc8d8b
+# %% ../nbs/engine/pairs.ipynb #563ab82d
 _SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val',
            'test': 'test', 'testing': 'test'}
 
@@ -144,7 +144,7 @@ class Item:
     name: str  # of its photo, with its folders, as the source has it
     split: str | None = None  # the list that the source counts it to
 
-# %% ../nbs/engine/pairs.ipynb #7029995a
+# %% ../nbs/engine/pairs.ipynb #e5c54f7a
 def _looked_up(items):
     "A function from a name in a list to the item."
     known = defaultdict(set)
@@ -174,7 +174,7 @@ def listed_ids(
                               'Take them out, or bring their photos and masks.')
     return list(dict.fromkeys(id for id in found.values() if id))
 
-# %% ../nbs/engine/pairs.ipynb #c42356e9
+# %% ../nbs/engine/pairs.ipynb #6583a46d
 def _by_chance(items, shares, seed, groups):
     "Ids of each list, drawn in groups that stay together."
     if not .999 < sum(shares.values()) < 1.001 or min(shares.values()) <= 0:
@@ -198,7 +198,7 @@ def _group_of(id, pattern):
     if found is None: raise ValueError(f'groups={pattern!r} is not in the name {id!r}.')
     return found[1] if found.re.groups else found[0]
 
-# %% ../nbs/engine/pairs.ipynb #e2aa586e
+# %% ../nbs/engine/pairs.ipynb #93cc67c3
 def _named(items, name, chosen):
     "The ids of a list that the user describes by a file, a folder or names."
     if not isinstance(chosen, (str, Path)): return listed_ids(items, chosen, f'splits[{name!r}]')
@@ -219,16 +219,24 @@ def _own_lists(items, folders):
         except ValueError as e: print(f'not used: {e}')
     return None, ''
 
+def _by_name(splits):
+    "Lists by their names, of what the user gives."
+    if splits is None or isinstance(splits, Mapping): return splits
+    shares = [1 - splits, splits] if isinstance(splits, (int, float)) else splits
+    if not isinstance(shares, str) and len(shares) in (2, 3) and all(isinstance(n, (int, float)) for n in shares):
+        return dict(zip(('train', 'val', 'test'), shares))
+    raise TypeError(f"splits={splits!r}: give shares, folders or files by name, as in {{'train': .8, 'val': .2}}.")
+
 def make_splits(
     items: Sequence[Item],
-    splits: Mapping[str, Any] | None,  # list -> share, folder, file or names; None: the source's own, or 80:20
+    splits: Any,  # list -> share, folder, file or names, or shares alone; None: the source's own, or 80:20
     *,
     seed: int = 0,  # of the draw
     groups: str | None = None,  # a pattern: images in whose names it finds the same stay in one list
     lists_in: Iterable[Path] = (),  # folders where the source may have lists
 ) -> tuple[dict[str, list[str]], str]:  # list -> ids, and where they come from
     "Which images are for training, and which are to be asked about."
-    if splits:
+    if splits := _by_name(splits):
         if all(isinstance(share, (int, float)) for share in splits.values()):
             return _by_chance(items, splits, seed, groups), f'by chance, seed {seed}'
         return {name: _named(items, name, chosen) for name, chosen in splits.items()}, 'as given'
@@ -243,5 +251,5 @@ def make_splits(
                          "which is which, as in splits={'train': 'train', 'val': 'test'}, or {'train': .8, 'val': .2}.")
     return _by_chance(items, {'train': .8, 'val': .2}, seed, groups), f'by chance, seed {seed}' 
 
-# %% ../nbs/engine/pairs.ipynb #135b9b98
+# %% ../nbs/engine/pairs.ipynb #d0789c0e
 explain_classes(globals())

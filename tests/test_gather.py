@@ -551,6 +551,13 @@ def test_a_tree_inside_the_folder_of_its_photos(tmp_path):
 def test_arguments(tmp_path, kwargs, why): refused(tmp_path, why, *pairs(tmp_path), **kwargs)
 
 
+@pytest.mark.parametrize('kwargs', [{'classes': 11}, {'classes': {'a': 1, 'b': 0}}, {'mapping': [1]}, {'splits': 'train'}, {'masks': ['a.png']}], ids=str)
+def test_types_of_arguments(tmp_path, kwargs):
+    images, masks = pairs(tmp_path)
+    with pytest.raises(TypeError, match='give'): gather(tmp_path, images, kwargs.pop('masks', masks), **kwargs)
+    assert not (tmp_path/'tree').exists()
+
+
 def test_folders_that_are_not_there(tmp_path):
     photos, masks = pairs(tmp_path)
     refused(tmp_path, 'nowhere: no such folder', tmp_path/'nowhere', masks)

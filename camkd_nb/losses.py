@@ -147,8 +147,8 @@ def _student_maps(term, step, classes, regions):
     paths, reading, (model, read) = list(term.pairs), None, (step.student.model, step.student.read)
     if term.reads_maps:
         with torch.no_grad():
-            given = map_forward(model, step.x, paths, output=read, second_order=term.second_order)
-            reading = Side(model, *given, read)
+            z, activations = map_forward(model, step.x, paths, output=read, second_order=term.second_order)
+            reading = Side(model, z, activations, read)
     return _maps(term, step.student, paths, classes, regions, reading)
 
 # %% ../nbs/06_losses.ipynb #e57f2fb2
@@ -214,8 +214,8 @@ class ClassAttention(AsksForMaps):
     ) -> None:
         super().__init__(weight, layers)
         self.region, self.method, self.signed, self.second_order = region, method, signed, second_order
-        self.absent, self.distance, self.every = absent, distance, positive('every', every, whole=True)
-        self.max_classes = None if max_classes is None else positive('max_classes', max_classes, whole=True)
+        self.absent, self.distance, self.every = absent, distance, int(positive('every', every, whole=True))
+        self.max_classes = None if max_classes is None else int(positive('max_classes', max_classes, whole=True))
         self.reads_maps = needs_gradients(map_method(method))
         _check_choices(self, region)
 

@@ -33,6 +33,7 @@ def _translate(projector, student, teacher):
         made, now = projector.weight.shape[1::-1], (student.shape[1], teacher.shape[1])
         raise ValueError(f'the projector goes from {made[0]} channels to {made[1]}, and these layers have {now[0]} and '
                          f'{now[1]}: give each pair of networks a FeatureKD of its own')
+    else: projector.out_channels, projector.in_channels = projector.weight.shape[:2]  # where a state was loaded
     with full_precision(student), torch.random.fork_rng([student.device] if student.is_cuda else [], enabled=lazy):
         return projector(student)
 
@@ -111,7 +112,7 @@ class PairwiseKD(Term):
         side: int = 8,  # at most so many patches in a row and in a column
     ) -> None:
         super().__init__(weight, layers)
-        self.side = positive('side', side)
+        self.side = int(positive('side', side, whole=True))
 
     def forward(self, step: Step) -> Tensor:
         "The mean over images and layers."

@@ -118,12 +118,12 @@ def _checked_weight(weight, name):
 # %% ../nbs/engine/terms.ipynb #4c8dd52c
 def _checked_layers(term, layers):
     "Layers that can be read more than once; a term that finds its layers when nobody names any compares one at least."
-    if isinstance(layers, (str, Mapping, type(None))): checked = layers
-    elif isinstance(layers, Iterable): checked = layers if isinstance(layers, (tuple, list)) else list(layers)
-    else: raise TypeError(f'layers={layers!r} of {term.name}: give a list of paths, or a dict student path -> teacher '
-                          "path, such as layers=['backbone.layer4']")
+    if not isinstance(layers, (Iterable, type(None))):
+        raise TypeError(f'layers={layers!r} of {term.name}: give a list of paths, or a dict student path -> teacher '
+                        "path, such as layers=['backbone.layer4']")
+    if not isinstance(layers, (str, Mapping, tuple, list, type(None))): layers = list(layers)
     option = inspect.signature(type(term)).parameters.get('layers')
-    if checked is None or len(checked) or option is None or option.default is not None: return checked
+    if layers is None or len(layers) or option is None or option.default is not None: return layers
     raise ValueError(f'layers={layers!r}: {term.name} compares layers, name one or leave the option out')
 
 # %% ../nbs/engine/terms.ipynb #cda91e18

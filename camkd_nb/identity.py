@@ -164,5 +164,6 @@ def first_difference(
     if one == other: return None
     if not (isinstance(one, dict) and isinstance(other, dict)): return '', one, other
     name = next(n for n in {**other, **one} if n not in one or n not in other or one[n] != other[n])
-    inner = first_difference(one.get(name, missing), other.get(name, missing))
-    return ', '.join(filter(None, (name, inner[0]))), *inner[1:]
+    a, b = one.get(name, missing), other.get(name, missing)
+    where, before, after = first_difference(a, b) or ('', a, b)
+    return ', '.join(filter(None, (name, where))), before, after

@@ -58,7 +58,7 @@ def find_backbone(
         if named: node, alone = named, alone and named.weights() == record.root.weights()
         elif not later: node = first
         elif alone and (rest := _rest_of_network([first, *later])): node = rest
-        elif alone and _outweighs(first, later): node, alone = first, False
+        elif alone and first.weights() > 1 and _outweighs(first, later): node, alone = first, False
         else: break
     return node, not alone
 

@@ -12,7 +12,9 @@ from camkd_nb.distiller import Distiller
 from camkd_nb.layers import Taps, find_layers
 from camkd_nb.layouts import Tap
 from camkd_nb.losses import ClassAttention
-from camkd_nb.models import ASPPHead, toy_backbone, toy_student, toy_teacher
+from camkd_nb.backbones import toy_backbone
+from camkd_nb.heads import ASPPHead
+from camkd_nb.models import toy_student, toy_teacher
 from camkd_nb.stages import last_stages, layer_lines
 
 n_classes, seed = 7, 0
@@ -53,6 +55,12 @@ class Flat(nn.Module):
     def forward(self, x):
         y = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
         return up(self.last(self.context(y)), x)
+
+
+class Plain(nn.Module):
+    "One convolution and a norm over channels that come last"
+    def __init__(self): super().__init__(); self.patch, self.norm, self.head = nn.Conv2d(3, 16, 8, 8), nn.LayerNorm(16), nn.Conv2d(16, n_classes, 1)
+    def forward(self, x): return self.head(self.norm(self.patch(x).movedim(1, -1)).movedim(-1, 1))
 
 
 class Resizing(Wrapped):
@@ -96,7 +104,7 @@ def beit(kind='Beit', **options):
     (lambda: torch.compile(Wrapped(toy_teacher())), 'net.backbone.layer4'),
     (lambda: Stem(toy_teacher()), 'net.backbone.layer4'),
     (lambda: Resizing(toy_student()), 'net.backbone.layer4'),
-    (Flat, 'layer4'), (Branch, 'backbone.layer2'),
+    (Flat, 'layer4'), (Branch, 'backbone.layer2'), (Plain, 'norm'),
     (lambda: colours(1), 'backbone.layer4'), (lambda: colours(4), 'backbone.layer4'), (lambda: colours(12), 'backbone.layer4'),
     (lambda: Named(segformer()), 'net.segformer.stages.3'),
     (beit, 'beit.layers.2'),

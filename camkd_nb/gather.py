@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['voc_gather']
 
-# %% ../nbs/engine/gather.ipynb #ea0c3d72
+# %% ../nbs/engine/gather.ipynb #66dda4c3
 import os, re, shlex, shutil, sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ from .photos import open_picture, to_rgb
 from .plans import Meaning, annotation_files, drawn_upright, header_of, plan_masks, plan_outlines
 from .voc import write_mask
 
-# %% ../nbs/engine/gather.ipynb #d22b981b
+# %% ../nbs/engine/gather.ipynb #254170a6
 def _place(photo, file, link):
     "Link or copy a file."
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def _write(task, plan, draft, link):
     write_mask(plan.mask_of(task), mask)
     _write_photo(task, draft/f'JPEGImages/{task.item.id}', link)
 
-# %% ../nbs/engine/gather.ipynb #bf3d671b
+# %% ../nbs/engine/gather.ipynb #96765bb9
 def _write_all(plan, draft, link, progress):
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         done = pool.map(lambda task: _write(task, plan, draft, link), plan.tasks)
@@ -69,7 +69,7 @@ def _write_lists(plan, draft, lists):
     for name, ids in lists.items(): (folder/f'{name}.txt').write_text('\n'.join(ids) + '\n', encoding='utf-8')
     (draft/'classes.txt').write_text('\n'.join(plan.legend.vocab) + '\n', encoding='utf-8')
 
-# %% ../nbs/engine/gather.ipynb #33fc7946
+# %% ../nbs/engine/gather.ipynb #fa19a3ec
 def _refuse_lost(plan, images, partial):
     "Raise where photos are missing and may not be left out; say what is left out."
     if plan.lost and not partial:
@@ -87,7 +87,7 @@ def _say_frames(ids, groups):
     print(f"the names look like frames of {len(films)} recordings ({first_few(sorted(films), 3)}), which resemble each "
           r"other: groups=r'^(.*?)\d+$' keeps each of them in one list")
 
-# %% ../nbs/engine/gather.ipynb #bb15e05a
+# %% ../nbs/engine/gather.ipynb #1e1f1184
 def _mark(plan, arguments):
     "What a tree was made of."
     files = {file for task in plan.tasks for file in (task.photo, getattr(task.source, 'where', task.source))
@@ -103,7 +103,7 @@ def _is_made(dest, mark):
     raise ValueError(f'{dest}: something is there that was not made of these sources in this way. '
                      'Give another folder, or remove it.')
 
-# %% ../nbs/engine/gather.ipynb #34e93848
+# %% ../nbs/engine/gather.ipynb #52d71f7a
 def _make(dest, plan, mark, options):
     "Write the tree; how many images each list has, and where the lists come from."
     lists, where = make_splits([task.item for task in plan.tasks], options['splits'], seed=options['seed'],
@@ -126,7 +126,7 @@ def _class_names(classes):
     else: raise ValueError(f'classes={str(classes)!r}: no such file. Give a list of names, or a file of them.')
     return [name for name in names if name != '__ignore__']
 
-# %% ../nbs/engine/gather.ipynb #b9ee2453
+# %% ../nbs/engine/gather.ipynb #64c9722e
 def _meaning(images, masks, classes, colours, mapping, void, background):
     "What the user says; a `TypeError` for what cannot be meant."
     for name, source in (('images', images), ('masks', masks)):
@@ -136,7 +136,7 @@ def _meaning(images, masks, classes, colours, mapping, void, background):
         raise TypeError(f'mapping={mapping!r}: give a dictionary, old -> new')
     return Meaning(_class_names(classes), colours, dict(mapping or {}), as_list(void), background)
 
-# %% ../nbs/engine/gather.ipynb #cec1466b
+# %% ../nbs/engine/gather.ipynb #efae792f
 def voc_gather(
     dest: str | Path,  # the tree to make
     images: str | Path,  # folder of photos, or a pattern such as 'photos/**/*.jpg'
@@ -168,7 +168,7 @@ def voc_gather(
     if progress: print(voc_check(dest))
     return dest
 
-# %% ../nbs/engine/gather.ipynb #e3391250
+# %% ../nbs/engine/gather.ipynb #d0950945
 def _listed(text): return [part.strip() for part in (text or '').split(',') if part.strip()]
 
 def _key(text): return int(text) if re.fullmatch(r'-?\d+', text) else as_colour(text) if text[:1] == '#' else text
@@ -186,7 +186,7 @@ def _share(text):
 
 def _file_or(text, made): return text if Path(text).expanduser().is_file() else made(text)
 
-# %% ../nbs/engine/gather.ipynb #3590d036
+# %% ../nbs/engine/gather.ipynb #8385bb11
 def _parser():
     parser = Parser('camkd-gather', 'Make a tree in the layout of Pascal VOC, which camkd-demo and voc_dls read, of '
                     'photos and masks, or of what labelme, CVAT, Roboflow or COCO tools export. Sources are kept.')
@@ -211,7 +211,7 @@ def _parser():
     add('--seed', type=int, default=0, metavar='N', help='of the draw of lists')
     return parser
 
-# %% ../nbs/engine/gather.ipynb #fb7d582a
+# %% ../nbs/engine/gather.ipynb #cbdc6e23
 def _in_words_of_the_command(text):
     "An error of `voc_gather` with arguments as the command writes them."
     def assigned(found): return f'--{found[1]} ' + _quoted(re.sub("[' ]", '', found[2]).replace(':', '='))

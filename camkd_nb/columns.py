@@ -23,6 +23,9 @@ from .terms import Term
 # %% ../nbs/engine/columns.ipynb #05cf379b
 class Smooth(AvgSmoothLoss):
     "A running mean that stays on its device, so that a GPU is waited for when it is read."
+    count: int  # batches
+    val: Tensor
+
     def accumulate(self, value: Tensor) -> None:
         "Add a batch's value."
         value, self.count = to_detach(value, cpu=False), self.count + 1

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback
@@ -65,6 +66,7 @@ class _Joined(Attached):
     "What the callback does when it comes to a learner, when it goes, and when it is pickled."
     order, run_valid, name = 5, False, 'distill'
     companions: tuple[Callback, ...] = ()
+    distiller: Any = None  # in a fit
 
     def joined(self, learn: Learner) -> None: learn.add_cbs([cb for cb in self.companions if cb not in learn.cbs])
     def broke_off(self, learn: Learner) -> None:

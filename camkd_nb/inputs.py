@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/engine/inputs.ipynb #fb5a79ab
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def named_terms(
     return named
 
 # %% ../nbs/engine/inputs.ipynb #37f3e360
-Mask = Tensor | Callable[[Tensor], Tensor] | None  # or a function of the teacher's logits; None: its answers
+Mask: TypeAlias = Tensor | Callable[[Tensor], Tensor] | None  # or a function of the teacher's logits; None: its answers
 
 def check_networks(
     student: nn.Module,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/unlabelled.ipynb #b9cd57d3
+# %% ../nbs/engine/unlabelled.ipynb #0b63a6c2
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from torch import Tensor
 from .explain import explain_classes
 from .voc import VOID
 
-# %% ../nbs/engine/unlabelled.ipynb #8ea7bf78
+# %% ../nbs/engine/unlabelled.ipynb #023fb242
 Source = str | Path | Iterable[str | Path] | Iterable[Tensor] | None
 
 def _is_loader(source): return hasattr(source, '__iter__') and hasattr(source, 'dataset')
 
 def photographs(
-    source: str | Path | Iterable[str | Path],  # a folder, or files
+    source: Source,  # a folder, or files
 ) -> list[Path]:
     "The files; an error where there is none."
     if isinstance(source, (str, Path)):
@@ -43,7 +43,7 @@ def photographs(
     raise ValueError(f'unlabelled={source!r} holds no photographs: give a folder with some, a list of files, or a '
                      'DataLoader')
 
-# %% ../nbs/engine/unlabelled.ipynb #c4f8e49b
+# %% ../nbs/engine/unlabelled.ipynb #d801159d
 def _share(files):
     "Those of this process."
     return files[rank_distrib()::max(1, num_distrib())] or files
@@ -67,7 +67,7 @@ def _images(batch):
     got = f'{batch.dtype} {tuple(batch.shape)}' if isinstance(batch, Tensor) else type(batch).__name__
     raise TypeError(f'unlabelled: a batch holds {got}: give a loader of images as the student gets them, (B, 3, H, W)')
 
-# %% ../nbs/engine/unlabelled.ipynb #01f04fa2
+# %% ../nbs/engine/unlabelled.ipynb #941d9ce5
 class Unlabelled:
     "Batches of images without labels, as many as are asked for; a pass begins with each epoch."
     def __init__(self,
@@ -105,7 +105,7 @@ class Unlabelled:
             for n, batch in enumerate(self._loader, 1): yield to_device(_images(batch), device)
             if not n: raise ValueError('unlabelled: the loader gave no batch: give one that can be read more than once')
 
-# %% ../nbs/engine/unlabelled.ipynb #1ef642ae
+# %% ../nbs/engine/unlabelled.ipynb #b10cf114
 def confident(
     threshold: float | None,  # lowest probability of the class that is found, 0 to 1; None: any
 ) -> Callable[[Tensor], Tensor] | None:  # from the teacher's logits (B, C, H, W) to class indices, (B, H, W)
@@ -118,5 +118,5 @@ def confident(
         return found.masked_fill(probability < threshold, VOID)
     return labels
 
-# %% ../nbs/engine/unlabelled.ipynb #6f3ed2a9
+# %% ../nbs/engine/unlabelled.ipynb #6109751d
 explain_classes(globals())

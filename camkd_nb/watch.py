@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/engine/watch.ipynb #9ceedaeb
+# %% ../nbs/engine/watch.ipynb #70e55604
 import math, warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .explain import explain_classes
 from .voc import VOID
 
-# %% ../nbs/engine/watch.ipynb #a0702f56
+# %% ../nbs/engine/watch.ipynb #853eea67
 def check_class_count(
     n_classes: int,  # of the logits
 ) -> None:
@@ -25,7 +25,7 @@ def check_class_count(
     raise ValueError(f'{n_classes} classes: the label {VOID} means void, so a network can have {VOID} at most; '
                      'merge or leave out classes')
 
-# %% ../nbs/engine/watch.ipynb #0e4ff2ab
+# %% ../nbs/engine/watch.ipynb #8dd44cba
 def outsider(
     labels: Tensor,  # class indices, int64, any shape
     n_classes: int,
@@ -46,7 +46,7 @@ def check_outsider(
     raise ValueError(f'found the label {label} with {n_classes} classes: labels are 0 to {n_classes - 1}, '
                      f'or {VOID} for void; {fix}')
 
-# %% ../nbs/engine/watch.ipynb #e6e71284
+# %% ../nbs/engine/watch.ipynb #bccdbb8e
 class LabelWatch:
     "Finds labels that no class has: at once on a CPU and in the first batch, else when one asks."
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class LabelWatch:
         kept, self._kept = self._kept, None
         if kept is not None: check_outsider(int(kept[0]), kept[1])
 
-# %% ../nbs/engine/watch.ipynb #5422f984
+# %% ../nbs/engine/watch.ipynb #f4d403f4
 def _is_finite(x):
     "Whether a tensor is finite, as a scalar on its device: 1 or 0."
     return torch.stack(torch.aminmax(x.detach())).isfinite().all().float()
@@ -87,7 +87,7 @@ class NotFinite:
     teacher: bool  # whether the teacher's logits were
     student: bool
 
-# %% ../nbs/engine/watch.ipynb #fdbdcd70
+# %% ../nbs/engine/watch.ipynb #4f3ee87f
 def _record(names, values, task, teacher, student):
     "What is kept of a batch: float32, (n + 3,), on its device; 0 for a term that was not computed."
     losses = [*(values.get(name, task.new_zeros(())) for name in names), task]
@@ -98,12 +98,12 @@ def _first_broken(names, kept):
     rows = torch.stack([record for _, record in kept]).tolist()
     broken = [(when, row) for (when, _), row in zip(kept, rows) if not all(map(math.isfinite, row[:len(names)]))]
     if not broken: return None
-    when, row = broken[0]
+    (epoch, batch), row = broken[0]
     name, value = next((name, v) for name, v in zip(names, row) if not math.isfinite(v))
     task, teacher, student = row[len(names):]
-    return NotFinite(name, value, *when, len(broken), math.isfinite(task), bool(teacher), bool(student))
+    return NotFinite(name, value, epoch, batch, len(broken), math.isfinite(task), bool(teacher), bool(student))
 
-# %% ../nbs/engine/watch.ipynb #96d3eab1
+# %% ../nbs/engine/watch.ipynb #d7800d2f
 class FiniteWatch:
     "Notices terms that are not finite: at once on a CPU and in the first batch, else after every so many batches."
     def __init__(self,
@@ -132,7 +132,7 @@ class FiniteWatch:
         kept, self._kept = self._kept, []
         return _first_broken(self.names, kept) if kept else None
 
-# %% ../nbs/engine/watch.ipynb #610d18e5
+# %% ../nbs/engine/watch.ipynb #836c21a5
 def cause_of(
     found: NotFinite,
     teacher: nn.Module,
@@ -147,7 +147,7 @@ def cause_of(
     return 'lower its weight or the learning rate' if found.student and found.task else (
         "the student's own logits are not finite: lower the learning rate")
 
-# %% ../nbs/engine/watch.ipynb #a8ddca13
+# %% ../nbs/engine/watch.ipynb #e4ef48cb
 def report(
     found: NotFinite,
     teacher: nn.Module,
@@ -160,5 +160,5 @@ def report(
     more = '' if found.steps == 1 else f' (and {found.steps - 1} more since)'
     warnings.warn(f'{message}; the loss scale skips this step{more}', stacklevel=4)
 
-# %% ../nbs/engine/watch.ipynb #77b676e6
+# %% ../nbs/engine/watch.ipynb #12152569
 explain_classes(globals())

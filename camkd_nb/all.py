@@ -13,8 +13,10 @@ with warnings.catch_warnings():
 
 # %% ../nbs/engine/all.ipynb #e2767963
 from . import attention as _attention
+from . import backbones as _backbones
 from . import check as _check
 from . import checkpoint as _checkpoint
+from . import cost as _cost
 from . import data as _data
 from . import demo as _demo
 from . import distill as _distill
@@ -24,12 +26,14 @@ from . import evaluate as _evaluate
 from . import explore as _explore
 from . import figures as _figures
 from . import gather as _gather
+from . import heads as _heads
 from . import layers as _layers
 from . import layouts as _layouts
 from . import losses as _losses
 from . import metrics as _metrics
 from . import models as _models
 from . import pool as _pool
+from . import published as _published
 from . import rivals as _rivals
 from . import stages as _stages
 from . import study as _study
@@ -39,8 +43,10 @@ from . import toyvoc as _toyvoc
 from . import training as _training
 from . import voc as _voc
 from .attention import *
+from .backbones import *
 from .check import *
 from .checkpoint import *
+from .cost import *
 from .data import *
 from .demo import *
 from .distill import *
@@ -50,12 +56,14 @@ from .evaluate import *
 from .explore import *
 from .figures import *
 from .gather import *
+from .heads import *
 from .layers import *
 from .layouts import *
 from .losses import *
 from .metrics import *
 from .models import *
 from .pool import *
+from .published import *
 from .rivals import *
 from .stages import *
 from .study import *
@@ -77,7 +85,11 @@ __all__ += _tensors.__all__
 __all__ += _layouts.__all__
 __all__ += _layers.__all__
 __all__ += _stages.__all__
+__all__ += _heads.__all__
+__all__ += _backbones.__all__
+__all__ += _cost.__all__
 __all__ += _models.__all__
+__all__ += _published.__all__
 __all__ += _metrics.__all__
 __all__ += _evaluate.__all__
 __all__ += _attention.__all__

@@ -45,8 +45,8 @@ def _add_training(add):
     add('--weight', type=float, default=ClassAttention().weight,
         help='weight of the class attention term, a factor, 0 or more')
     add('--seeds', type=int, default=1, metavar='N', help='number of pairs of runs, seeds 0 to N-1')
-    add('--epochs', type=int, default=Recipe.epochs, help='number of passes over the training images')
-    add('--size', type=int, default=Recipe.size, help='side of the training crops, pixels')
+    add('--epochs', type=int, default=40, help='number of passes over the training images')
+    add('--size', type=int, default=64, help='side of the training crops, pixels')
     add('--resize', type=int, help='long side of the images before augmentation, pixels (default: as stored)')
     add('--scale', type=float, nargs=2, default=Recipe.scale, metavar=('LOW', 'HIGH'),
         help='random scale of the training images, factors (default: {} {})'.format(*Recipe.scale))

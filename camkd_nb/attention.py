@@ -141,7 +141,7 @@ def _checked_maps(maps, reading, method):
         one = maps.get(path)
         if isinstance(one, Tensor) and one.ndim == 4 and len(one) == b and one.shape[1] in (1, k): continue
         got = f'shape {tuple(one.shape)}' if isinstance(one, Tensor) else 'no maps' if one is None else repr(one)
-        raise ValueError(f'method {name} returned {got} for layer {path!r}: return maps of each layer, ({b}, {k}, h, w)')
+        raise ValueError(f'method {name} returned {got} for layer {path!r}: return maps of each, ({b}, {k}, h, w)')
     return {path: maps[path] for path in reading.activations}
 
 # %% ../nbs/05_attention.ipynb #2d31580e
@@ -211,9 +211,9 @@ def _labels_for(logits, mask):
     check_labels(mask, logits.shape[1])
     return mask
 
-def _named_layers(model, layers):
+def _named_layers(model, layers, x):
     "The paths of the layers to read."
-    if layers is None: return last_stages(model)
+    if layers is None: return last_stages(model, x=x)
     if isinstance(layers, Iterable) and not isinstance(layers, Mapping): return layers
     raise TypeError(f'layers={layers!r}: give dotted paths, such as ["backbone.layer4"], or None for the last stage')
 
@@ -250,10 +250,12 @@ def class_attention(
     output: Read = None,  # finds the logits in what the network returns, such as `lambda output: output[0]`
 ) -> ClassMaps:
     "Class attention maps of named layers, in the manner of Grad-CAM (Selvaraju et al. 2017, equations 1 and 2)."
-    _check_batch(model, x, mask), at_least_one('max_classes', max_classes)
-    make, attached, paths = map_method(method), _trains(model, x), _named_layers(model, layers)
+    _check_batch(model, x, mask)
+    at_least_one('max_classes', max_classes)
+    make, attached = map_method(method), _trains(model, x)
     with torch.inference_mode(False), torch.set_grad_enabled(attached):
         x, graph = x.clone() if x.is_inference() else x.as_subclass(Tensor), needs_gradients(make)
+        paths = _named_layers(model, layers, x)
         logits, recorded = map_forward(model, x, paths, output=output, start_graph=graph,
                                        second_order=second_order and attached and graph)
         mask = _labels_for(z := logits.detach(), mask)

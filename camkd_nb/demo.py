@@ -173,7 +173,7 @@ def _examine(teacher, recipe):
     on_batches = score_on_batches(teacher, recipe)
     print(f'teacher: mIoU {100 * whole:.1f} on whole images, {100 * on_batches:.1f} on the training batches',
           flush=True)
-    if on_batches < .8 * whole:
+    if on_batches < .75 * whole:
         print('warning: the teacher is much worse on the training batches; it may do harm. '
               'Try a larger --size, or --scale nearer to 1')
 

@@ -23,7 +23,7 @@ def _hardsigmoid(x, inplace=False):
     y = F.relu6(x + 3) / 6
     return x.copy_(y) if inplace else y
 
-_COMPOSED = {'hardsigmoid': _hardsigmoid, 'hardsigmoid_': partial(_hardsigmoid, inplace=True)}
+_COMPOSED: dict[str, Callable] = {'hardsigmoid': _hardsigmoid, 'hardsigmoid_': partial(_hardsigmoid, inplace=True)}
 
 class _Composed(TorchFunctionMode):
     "Runs a composition in place of an operator without second derivative."

@@ -15,7 +15,8 @@ from torch import nn
 
 from .loading import training_items
 from .files import cache_dir, fingerprint, whole_file
-from .models import build_model, deeplabv3_mobilenetv2_voc, toy_teacher, voc_teacher
+from .models import build_model, toy_teacher
+from .published import deeplabv3_mobilenetv2_voc, voc_teacher
 from .toyvoc import TOY_CLASSES
 from .training import Recipe, fit
 from .voc import voc_classes, voc_items, voc_root

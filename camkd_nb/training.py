@@ -77,11 +77,11 @@ class _Report(Callback):
     def before_validate(self): raise CancelValidException()
     def after_epoch(self):
         "Say how far the training is."
-        seconds = time.perf_counter() - self.start
+        seconds, left = time.perf_counter() - self.start, self.n_epoch - self.epoch - 1
         line = f'{self.label}: epoch {self.epoch + 1}/{self.n_epoch}, loss {self.smooth_loss:.3f}, {seconds:.0f} s'
-        last = self.epoch + 1 == self.n_epoch
-        if sys.stdout.isatty(): print(f'\r{line}  ', end='\n' if last else '', flush=True)
-        elif last: print(line, flush=True)
+        if left: line += f', about {seconds * left / (self.epoch + 1):.0f} s left'
+        if sys.stdout.isatty(): print(f'\r{line:<100}', end='' if left else '\n', flush=True)
+        elif not left: print(line, flush=True)
 
 # %% ../nbs/engine/training.ipynb #0435eda0
 class _HalfOnCPU(Callback):

@@ -8,7 +8,8 @@ from torch import nn
 
 from camkd_nb.attention import METHODS, class_attention, map_forward
 from camkd_nb.layers import Taps
-from camkd_nb.models import ASPPHead, SegmentationModel, deeplabv3, pspnet
+from camkd_nb.heads import ASPPHead
+from camkd_nb.models import SegmentationModel, deeplabv3, pspnet
 from camkd_nb.tensors import logits_of
 
 n_classes, classes = 6, [0, 2, 5]

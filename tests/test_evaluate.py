@@ -11,7 +11,7 @@ import pytest, torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from camkd_nb.evaluate import evaluate
-from camkd_nb.models import deeplabv3_mobilenetv2_voc
+from camkd_nb.published import deeplabv3_mobilenetv2_voc
 from camkd_nb.voc import VOID, read_mask, voc_items, voc_real
 
 voc = voc_real()

@@ -14,7 +14,8 @@ from camkd_nb.evaluate import network_input
 from camkd_nb.layers import Taps
 from camkd_nb.losses import ClassAttention
 from camkd_nb.metrics import SegLoss
-from camkd_nb.models import deeplabv3_mobilenetv2_voc, toy_student
+from camkd_nb.models import toy_student
+from camkd_nb.published import deeplabv3_mobilenetv2_voc
 from camkd_nb.tensors import logits_of
 from camkd_nb.terms import Side, Step
 from camkd_nb.voc import read_image, read_mask

@@ -31,7 +31,10 @@ from camkd_nb.evaluate import Evaluation, evaluate, network_input
 from camkd_nb.loading import SeededDL
 from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import ConfusionMatrix
-from camkd_nb.models import PSPHead, SegmentationModel, build_backbone, deeplabv3_mobilenetv2_voc
+from camkd_nb.backbones import build_backbone
+from camkd_nb.heads import PSPHead
+from camkd_nb.models import SegmentationModel
+from camkd_nb.published import deeplabv3_mobilenetv2_voc
 from camkd_nb.study import Study, append_row, read_runs, row_of, train
 from camkd_nb.tensors import eval_mode, imagenet_stats, resize
 from camkd_nb.training import Recipe

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Self
 
 import torch, torch.utils.checkpoint
@@ -119,7 +120,7 @@ _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 
 def _in_reentrant_checkpoint():
     "Whether a part runs without a graph, to run again in the backward pass, where no tap is."
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not _REENTRANT: frame = frame.f_back
     return frame is not None
 
@@ -271,7 +272,8 @@ class Taps:
         "The readings; a second image is sent through where the shape of an output has several."
         unsure = {path: caught for path, caught in self.caught.items() if not caught.sure}
         self.settling = True
-        try: unsure and settle(self.model, {p: self.modules[p] for p in unsure}, unsure, self.image)
+        try:
+            if unsure: settle(self.model, {p: self.modules[p] for p in unsure}, unsure, self.image)
         finally: self.settling = False
         return {path: next(iter(caught.maps)) for path, caught in self.caught.items()}
 

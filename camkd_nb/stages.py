@@ -19,7 +19,8 @@ from .probes import Call, Record, accepted, behind, has_weights, probe
 
 # %% ../nbs/engine/stages.ipynb #3b84e8e9
 BACKBONES = 'backbone', 'encoder', 'trunk', 'body'
-HEADS = re.compile('head|decode|classif|aux|neck|fpn|aspp|ppm|psp|pyramid|logit|segment|predict|upsampl|fuse|^final|^out')
+HEADS = re.compile('head|decode|classif|aux|neck|fpn|aspp|ppm|psp|pyramid|logit|segment|predict|upsampl|fuse|'
+                   '^final|^out')
 
 def _name(call): return call.path.split('.')[-1].lower()
 
@@ -134,8 +135,8 @@ def _unsure(model, n, record):
     inner = [c for c in calls if c.output.shape[1] not in ends]
     likely = min(reversed(inner), key=lambda c: c.layout.grid).path if inner else 'path.of.a.layer'
     return ValueError(f'{type(model).__name__} shows no {n} stages of a backbone: name its layers yourself, '
-                      f'as in layers=[{likely!r}]. For images of {record.size[0]} × {record.size[1]} pixels, on the way '
-                      f'to the logits, it has\n{listed or "  none"}')
+                      f'as in layers=[{likely!r}]. For images of {record.size[0]} × {record.size[1]} pixels, on the '
+                      f'way to the logits, it has\n{listed or "  none"}')
 
 # %% ../nbs/engine/stages.ipynb #4b7c55eb
 def last_stages(

@@ -97,9 +97,10 @@ def _described(value): return str(tuple(value.shape)) if isinstance(value, Tenso
 def _check_logits(logits):
     shape = tuple(logits.shape)
     if logits.ndim != 4:
-        raise ValueError(f'logits of shape {shape}: give a batch (B, C, H, W); for one image, logits[None] and mask[None]')
+        raise ValueError(f'logits of shape {shape}: give a batch (B, C, H, W); '
+                         'for one image, logits[None] and mask[None]')
     if not logits.is_floating_point():
-        raise TypeError(f'the network returned {logits.dtype}, {shape}: it is to return logits, before any argmax')
+        raise TypeError(f'the network returned {logits.dtype}, {shape}: give logits, before any argmax')
     if shape[1] == 1:
         raise ValueError(f'logits of shape {shape} have one channel, for two classes give two: '
                          'torch.cat([torch.zeros_like(z), z], 1) of a channel z before its sigmoid')

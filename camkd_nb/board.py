@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .drawing import Page, class_legend, draw_panel, legend_rows, map_bar
-from .figures import layer_of_each
+from .panels import layer_of_each
 from .files import whole_file
 from .stages import last_stages
 from .voc import VOID, background_class

@@ -24,7 +24,7 @@ from .attention import METHODS, class_attention
 from .board import Choice, class_choices, draw_board, layer_choices, remembered, save_new, state_mark
 from .drawing import maximum, overlay_map, overlay_mask, short_path
 from .explain import explain_classes
-from .figures import checked_input, class_iou, input_for, largest_class, predictions, raw_maps
+from .panels import checked_input, class_iou, input_for, largest_class, predictions, raw_maps
 from .layers import unwrapped
 from .losses import map_distance
 from .regions import REGIONS

@@ -9,203 +9,12 @@ __all__ = ['show_attention']
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from .attention import class_attention
-from .drawing import (
-    class_legend, draw_grid, extremes, map_bar, maximum, overlay_map,
-    overlay_mask, overlay_signed_map, Page, signed_map_bar)
-from .layers import find_layers
-from .tensors import check_images, denormalize, eval_mode, logits_of, resize, unknown_name
-from .voc import VOC_CLASSES, VOID, background_class, check_mask
-
-# %% ../nbs/08_figures.ipynb #b1830bf6
-def class_index(
-    name: str | int,  # a name out of `vocab`, or a class index
-    vocab: Iterable[str],  # class names, background first
-) -> int:
-    "The index of a class; a `ValueError` with the closest matches for a name that is not there."
-    vocab = list(vocab)
-    if isinstance(name, str):
-        if name in vocab: return vocab.index(name)
-        raise unknown_name('class', name, vocab)
-    if isinstance(name, bool) or int(name) != name: raise TypeError(f'class {name!r}: give a name, or a whole number')
-    if not 0 <= name < len(vocab): raise ValueError(f'no class {name}: there are {len(vocab)}, 0 to {len(vocab) - 1}')
-    return int(name)
-
-# %% ../nbs/08_figures.ipynb #6b96010a
-def largest_class(
-    mask: Tensor,  # class indices and `VOID`, integers, (H, W)
-    background: int | None = 0,  # the class that is no object; None: all are objects
-) -> int:  # the background where there is nothing else
-    "The class with the most pixels, background and void aside."
-    objects = mask[(mask != (VOID if background is None else background)) & (mask != VOID)]
-    return objects.long().bincount().argmax().item() if len(objects) else background or 0
-
-def _class_of_each(classes, labels, vocab):
-    "One class index an image: those asked for, else the largest."
-    if classes is None: return [largest_class(label, background_class(vocab)) for label in labels]
-    if hasattr(classes, 'tolist'): classes = classes.tolist()
-    classes = [classes] * len(labels) if isinstance(classes, (str, int, float)) else list(classes)
-    if len(classes) == len(labels): return [class_index(name, vocab) for name in classes]
-    raise ValueError(f'{len(classes)} classes for {len(labels)} images: give one for all, or one for each')
-
-def _check_present(asked, mask, vocab):
-    "Raise a `ValueError` for a class without labelled pixels: the sum over them would be empty."
-    for i, (c, labels) in enumerate(zip(asked, mask)):
-        if (labels == c).any(): continue
-        there = ', '.join(vocab[k] for k in labels.unique().tolist() if k != VOID) or 'void alone'
-        raise ValueError(f'no pixel of image {i} is labelled {vocab[c]!r}, it has {there}: '
-                         "ask for one of these, or use region='all'")
-
-# %% ../nbs/08_figures.ipynb #9c7b443c
-def class_iou(
-    predicted: Tensor,  # class indices, integers, (H, W)
-    mask: Tensor,  # class indices and `VOID`, integers, (H, W)
-    c: int,  # a class index
-) -> float:  # 0 to 1; NaN where the class is neither labelled nor predicted
-    "IoU of one class in one image."
-    ours, theirs = (predicted == c) & (mask != VOID), mask == c
-    both, either = (ours & theirs).sum().item(), (ours | theirs).sum().item()
-    return both / either if either else float('nan')
-
-# %% ../nbs/08_figures.ipynb #9de12632
-def input_for(
-    model: nn.Module,
-    x: Tensor,  # images, (B, 3, H, W)
-) -> Tensor:  # the same, on the network's device and in its precision
-    "Images as a network can take them."
-    like = next((p for p in model.parameters() if p.is_floating_point()), x)
-    return x.to(like.device, like.dtype)
-
-def _predict(model, x):
-    "Logits at the size of the images, on the CPU, (B, C, H, W)."
-    with eval_mode(model), torch.no_grad(): logits = logits_of(model(input_for(model, x))).float().cpu()
-    return resize(logits, x.shape[-2:])
-
-def predictions(
-    models: Mapping[str, nn.Module],  # name -> network
-    x: Tensor,  # images, (B, 3, H, W)
-    vocab: Sequence[str],  # class names, background first
-) -> dict[str, Tensor]:  # name -> class indices, int64, (B, H, W), on the CPU
-    "The class of each pixel."
-    logits = {name: _predict(model, x) for name, model in models.items()}
-    for name, z in logits.items():
-        if z.shape[1] == len(vocab): continue
-        raise ValueError(f'{name!r} gives {z.shape[1]} classes and vocab names {len(vocab)}: '
-                         'give the names of its classes, such as vocab=dls.vocab')
-    return {name: z.argmax(1) for name, z in logits.items()}
-
-# %% ../nbs/08_figures.ipynb #1cf020ac
-def raw_maps(
-    model: nn.Module,  # a segmentation network, on any device
-    x: Tensor,  # images, (B, 3, H, W)
-    mask: Tensor | None,  # class indices, (B, H, W); None: unlabelled
-    path: str,  # dotted path of the layer
-    classes: Sequence[int],  # one class index an image
-    *,
-    region: str | Tensor = 'label',  # as in `class_attention`
-    method: str = 'gradcam',  # as in `class_attention`
-    signed: bool = False,  # as in `class_attention`
-) -> Tensor:  # float32, (B, h, w), zero or more unless signed, on the CPU
-    "One map an image, of a class that is chosen for each."
-    x = input_for(model, x)
-    mask, region = (one.to(x.device) if isinstance(one, Tensor) else one for one in (mask, region))
-    asked = torch.tensor(classes)[:, None]
-    with torch.no_grad():
-        result = class_attention(model, x, mask, [path], method=method, region=region, classes=asked, signed=signed)
-    return result.maps[path][:, 0].cpu()
-
-# %% ../nbs/08_figures.ipynb #c76e1297
-def _check_models(models):
-    if not isinstance(models, Mapping):
-        raise TypeError(f"models is a {type(models).__name__}: give a dict of names and networks, "
-                        "such as {'teacher': teacher}")
-    if not models: raise ValueError('models is empty: give at least one network')
-    for name, model in models.items():
-        if isinstance(model, nn.Module): continue
-        raise TypeError(f'{name!r} is a {type(model).__name__}: give a torch.nn.Module')
-
-def _check_pictures(x, pictures):
-    check_images(x)
-    if not np.issubdtype(pictures.dtype, np.floating):
-        raise TypeError(f'pictures hold {pictures.dtype}: give floats from 0 to 1, as pictures / 255')
-    if pictures.shape == (len(x), *x.shape[-2:], 3): return pictures
-    raise ValueError(f'pictures of shape {pictures.shape} do not fit images of shape {tuple(x.shape)}: '
-                     'give (B, H, W, 3)')
-
-# %% ../nbs/08_figures.ipynb #70cb4ef4
-def _check_mask(x, mask, vocab):
-    if not isinstance(mask, Tensor):
-        raise TypeError(f'the mask is a {type(mask).__name__}: give a tensor (B, H, W), as torch.as_tensor(mask)')
-    if tuple(mask.shape) != (len(x), *x.shape[-2:]):
-        raise ValueError(f'mask of shape {tuple(mask.shape)} does not fit images of shape {tuple(x.shape)}: '
-                         'give (B, H, W)')
-    if mask.is_floating_point(): raise TypeError(f'mask holds {mask.dtype}: give class indices, int64')
-    if (mask < 0).any():
-        raise ValueError(f'mask holds {mask.min()}: void is {VOID} here, set mask[mask < 0] = {VOID}')
-    mask = mask.as_subclass(Tensor).cpu()
-    for i, labels in enumerate(mask.numpy()): check_mask(labels, len(vocab), f'image {i}')
-    return mask
-
-# %% ../nbs/08_figures.ipynb #4c74cc2d
-def checked_input(
-    models: Mapping[str, nn.Module],  # name -> network
-    x: Tensor,  # images, (B, 3, H, W)
-    mask: Tensor | None,  # class indices, integers, (B, H, W)
-    vocab: Iterable[str],  # class names, background first
-    pictures: np.ndarray | None,  # RGB, float, (B, H, W, 3), 0 to 1
-) -> tuple[Tensor, Tensor | None, list[str], np.ndarray]:  # x and mask as plain tensors, the mask on the CPU
-    "What may be drawn, or a `ValueError` or `TypeError` that says why not."
-    _check_models(models)
-    pictures = denormalize(x) if pictures is None else _check_pictures(x, np.asarray(pictures))
-    x, vocab = x.as_subclass(Tensor), list(vocab)
-    if mask is not None: mask = _check_mask(x, mask, vocab)
-    return x, mask, vocab, pictures
-
-# %% ../nbs/08_figures.ipynb #2004c80f
-def layer_of_each(
-    layers: str | Sequence[str] | Mapping[str, str],  # one dotted path for all; or a dict: name -> dotted path
-    models: Mapping[str, nn.Module],  # name -> network
-) -> dict[str, str]:  # name -> dotted path
-    "The layer to show of each network; a `ValueError` with the closest matches for one that it does not have."
-    if isinstance(layers, (list, tuple)) and len(layers) == 1: layers, = layers
-    if isinstance(layers, str): layers = dict.fromkeys(models, layers)
-    if not isinstance(layers, Mapping):
-        raise TypeError(f'layers is a {type(layers).__name__}: give one dotted path, '
-                        'or a dict of a path for each network')
-    if set(layers) != set(models):
-        raise ValueError(f'layers names {", ".join(layers)} and models {", ".join(models)}: '
-                         'give a layer for each network')
-    for name, path in layers.items():
-        try: find_layers(models[name], [path])
-        except ValueError as error: raise ValueError(f'{name}: {error}') from None
-    return dict(layers)
-
-# %% ../nbs/08_figures.ipynb #c13b331c
-def _prediction_panels(predicted, mask, pictures, asked, vocab):
-    "Predictions (B, H, W) as panels."
-    shown = [overlay_mask(*pair, background=background_class(vocab)) for pair in zip(pictures, predicted)]
-    if mask is None: return [(picture, '') for picture in shown]
-    scores = [class_iou(*sample) for sample in zip(predicted, mask, asked)]
-    titles = [f'no {vocab[c]}' if np.isnan(score) else f'{vocab[c]} IoU {score:.2f}' for c, score in zip(asked, scores)]
-    return list(zip(shown, titles))
-
-def _map_columns(models, x, mask, layers, asked, vocab, pictures, region, signed):
-    "Maps as panels, in columns."
-    if mask is not None and region == 'label': _check_present(asked, mask, vocab)
-    over, title = (overlay_signed_map, extremes) if signed else (overlay_map, maximum)
-    maps = {name: raw_maps(model, x, mask, layers[name], asked, region=region, signed=signed)
-            for name, model in models.items()}
-    return [((name, layers[name]), [(over(*pair), title(pair[1])) for pair in zip(pictures, raw)])
-            for name, raw in maps.items()]
-
-def _first_columns(pictures, mask, vocab):
-    "The pictures and their labels."
-    columns, background = [(('image',), [(picture, '') for picture in pictures])], background_class(vocab)
-    if mask is None: return columns
-    return [*columns, (('truth',), [(overlay_mask(*pair, background=background), '') for pair in zip(pictures, mask)])]
+from .drawing import Page, class_legend, draw_grid, map_bar, signed_map_bar
+from .panels import (
+    checked_input, first_columns, layer_of_each, map_columns, prediction_columns, predictions, row_classes)
+from .voc import VOC_CLASSES
 
 # %% ../nbs/08_figures.ipynb #5c241df0
 def show_attention(
@@ -225,10 +34,11 @@ def show_attention(
     if signed and not layers: raise ValueError('signed=True is about maps: name a layer, such as "backbone.layer4"')
     layers = layers and layer_of_each(layers, models)
     predicted = predictions(models, x, vocab)
-    asked = _class_of_each(classes, next(iter(predicted.values())) if mask is None else mask, vocab)
-    columns = _first_columns(pictures, mask, vocab)
-    if layers: columns += _map_columns(models, x, mask, layers, asked, vocab, pictures, region, signed)
-    else: columns += [((k,), _prediction_panels(p, mask, pictures, asked, vocab)) for k, p in predicted.items()]
+    asked = row_classes(classes, next(iter(predicted.values())) if mask is None else mask, vocab)
+    columns = first_columns(pictures, mask, vocab)
+    if layers:
+        columns += map_columns(models, x, mask, layers, asked, vocab, pictures, region=region, signed=signed)
+    else: columns += prediction_columns(predicted, mask, pictures, asked, vocab)
     regions = [None] * len(x) if mask is None else [labels == c for labels, c in zip(mask, asked)]
     fig, axes = draw_grid(columns, regions, [vocab[c] for c in asked] if layers else [])
     bar = signed_map_bar if signed else map_bar

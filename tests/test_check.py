@@ -6,7 +6,8 @@ from little_tree import exif_of, make_tree, photo, save_mask, save_photo, shape
 from PIL import Image
 
 from camkd_nb.check import voc_check
-from camkd_nb.figures import largest_class, show_attention
+from camkd_nb.figures import show_attention
+from camkd_nb.panels import largest_class
 from camkd_nb.voc import voc_palette
 
 rng = np.random.default_rng(0)

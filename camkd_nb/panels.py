@@ -195,7 +195,8 @@ def first_columns(
     vocab: Sequence[str],  # class names, background first
 ) -> list[Column]:  # one or two
     "The pictures and, where there are any, their labels."
-    columns, background = [(('image',), [(picture, '') for picture in pictures])], background_class(vocab)
+    columns: list[Column] = [(('image',), [(picture, '') for picture in pictures])]
+    background = background_class(vocab)
     if mask is None: return columns
     return [*columns, (('truth',), [(overlay_mask(*pair, background=background), '') for pair in zip(pictures, mask)])]
 

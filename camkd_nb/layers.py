@@ -61,8 +61,9 @@ def plain_name(
 def _known(model):
     "Every module by all of its names, also those inside the wrappers."
     known: dict[str, nn.Module] = {}
-    for net in (unwrapped(model), model):
-        for name, module in net.named_modules(remove_duplicate=False): known[plain_name(name)] = module
+    for net in dict.fromkeys((unwrapped(model), model)): known |= dict(net.named_modules(remove_duplicate=False))
+    wrapped = [name for name in known if name[:1] == '_' or '._' in name]
+    for name in wrapped: known[plain_name(name)] = known[name]
     known.pop('', None)
     return known
 
@@ -235,8 +236,10 @@ def _see_image(taps, whole, module, args, kwargs):
 def _around(model, paths):
     "The modules that hold the layers, from the outermost."
     inside = {path[:i] for path in paths for i, letter in enumerate(path) if letter == '.'}
-    known = _known(model)
-    return [known[name] for name in sorted(inside, key=len) if name in known]
+    found: list[nn.Module] = []
+    for name in sorted(inside, key=len):
+        with contextlib.suppress(AttributeError): found.append(model.get_submodule(name))  # else a wrapper's name
+    return found
 
 # %% ../nbs/engine/layers.ipynb #1f6baa62
 class Taps:

@@ -57,6 +57,12 @@ def deeplabv3(
     return SegmentationModel(net, ASPPHead(BACKBONES[backbone], n_classes, rates=rates))
 
 # %% ../nbs/04_models.ipynb #a8e8d324
+def _trained(model, n_classes, name):
+    "The network with weights that come with the package."
+    if n_classes != 7: raise ValueError(f'{name} knows 7 classes, not {n_classes}: build it without pretrained')
+    model.load_state_dict(read_state(Path(str(files('camkd_nb')/f'weights/{name}.pth'))))
+    return model
+
 def toy_teacher(
     n_classes: int = 7,  # background included
     *,
@@ -65,18 +71,19 @@ def toy_teacher(
 ) -> SegmentationModel:  # images (B, 3, H, W) to logits (B, n_classes, H, W)
     "PSPNet with 0.86 million parameters, for images of 64 to 96 pixels."
     model = SegmentationModel(toy_backbone(16, 2, output_stride), PSPHead(128, n_classes, width=64, dropout=0.))
-    if not pretrained: return model
-    if n_classes != 7: raise ValueError(f'the toy teacher knows 7 classes, not {n_classes}: use pretrained=False')
-    model.load_state_dict(read_state(Path(str(files('camkd_nb')/'weights/toy_teacher.pth'))))
-    return model
+    return _trained(model, n_classes, 'toy_teacher') if pretrained else model
 
 def toy_student(
     n_classes: int = 7,  # background included
     *,
     output_stride: int = 8,  # 8 or 16
+    pretrained: str | None = None,  # 'plain' or 'distilled': seed 0 of `camkd-demo`; None: random weights
 ) -> SegmentationModel:  # images (B, 3, H, W) to logits (B, n_classes, H, W)
     "PSPNet with 0.12 million parameters, for images of 64 to 96 pixels."
-    return SegmentationModel(toy_backbone(8, 1, output_stride), PSPHead(64, n_classes, width=32, dropout=0.))
+    model = SegmentationModel(toy_backbone(8, 1, output_stride), PSPHead(64, n_classes, width=32, dropout=0.))
+    if not pretrained: return model
+    if pretrained in ('plain', 'distilled'): return _trained(model, n_classes, f'toy_student_{pretrained}')
+    raise ValueError(f"pretrained={pretrained!r}: choose 'plain' or 'distilled', the two that camkd-demo trains")
 
 # %% ../nbs/04_models.ipynb #a44ce2b4
 def model_names() -> list[str]:
@@ -92,8 +99,8 @@ def build_model(
 ) -> SegmentationModel:  # images (B, 3, H, W) to logits (B, n_classes, H, W)
     "A network from its name, such as 'pspnet_mobilenet_v2'."
     if name not in model_names(): raise unknown_name('model', name, model_names())
-    if name == 'toy_student' and pretrained: raise ValueError(f'no trained weights for {name!r}: use pretrained=False')
-    if name == 'toy_student': return toy_student(n_classes, output_stride=output_stride)
+    if name == 'toy_student':
+        return toy_student(n_classes, output_stride=output_stride, pretrained=str(pretrained) if pretrained else None)
     if name == 'toy_teacher': return toy_teacher(n_classes, output_stride=output_stride, pretrained=bool(pretrained))
     head, backbone = name.split('_', 1)
     make = pspnet if head == 'pspnet' else deeplabv3

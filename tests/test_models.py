@@ -78,6 +78,7 @@ def test_names():
     (lambda: pspnet('resnet18', n_classes=1), r'at least 2 \(background and one class\), got 1'),
     (lambda: build_model('psp_resnet50'), "did you mean 'pspnet_resnet50'"),
     (lambda: toy_teacher(21, pretrained=True), 'knows 7 classes'),
-    (lambda: build_model('toy_student', pretrained=True), "no trained weights for 'toy_student'")])
+    (lambda: build_model('toy_student', pretrained=True), "'plain' or 'distilled'"),
+    (lambda: toy_student(21, pretrained='plain'), 'knows 7 classes, not 21')])
 def test_mistakes_are_named_when_the_network_is_built(make, said):
     with pytest.raises(ValueError, match=said): make()

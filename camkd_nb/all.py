@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     import fastai.layers
 
 # %% ../nbs/engine/all.ipynb #e2767963
+from . import asking as _asking
 from . import attention as _attention
 from . import backbones as _backbones
 from . import check as _check
@@ -42,6 +43,7 @@ from . import terms as _terms
 from . import toyvoc as _toyvoc
 from . import training as _training
 from . import voc as _voc
+from .asking import *
 from .attention import *
 from .backbones import *
 from .check import *
@@ -92,6 +94,7 @@ __all__ += _models.__all__
 __all__ += _published.__all__
 __all__ += _metrics.__all__
 __all__ += _evaluate.__all__
+__all__ += _asking.__all__
 __all__ += _attention.__all__
 __all__ += _terms.__all__
 __all__ += _losses.__all__

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .explain import explain_classes
 from .stages import Layers
-from .losses import softened
+from .asking import softened
 from .tensors import full_precision, resize_mask
 from .terms import (Step, Term, Weight, labelled_images, mean_over, paired_features, positive, unit_length,
                             valid_share)

@@ -6,14 +6,15 @@
 __all__ = ['TOY_CLASSES', 'toy_voc']
 
 # %% ../nbs/01_toyvoc.ipynb #10a0cb4b
-import json, os, shutil
+import json
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .files import cache_dir, locked_folder, whole_folder
+from .files import whole_folder
+from .toytree import SPLITS, is_whole, place_in_cache, toy_settings
 from .voc import VOID, write_mask
 
 # %% ../nbs/01_toyvoc.ipynb #6af2d1ad
@@ -113,11 +114,9 @@ def toy_pair(
     return (255 * image.clip(0, 1)).astype(np.uint8), void_border(mask)
 
 # %% ../nbs/01_toyvoc.ipynb #771f58ef
-_SPLITS = ('train', 'val')
-
 def _write_pair(tree, seed, size, item):
     split, number = item
-    rng = np.random.default_rng([seed, _SPLITS.index(split), number])
+    rng = np.random.default_rng([seed, SPLITS.index(split), number])
     image, mask = toy_pair(rng, size)
     Image.fromarray(image).save(buffer := BytesIO(), 'JPEG', quality=95)  # to a full disk Pillow would write a part
     (tree / 'JPEGImages' / f'{split}_{number:06d}.jpg').write_bytes(buffer.getvalue())
@@ -135,46 +134,6 @@ def _write_tree(tree, **settings):
     for item in everything: _write_pair(tree, seed, size, item)
     (tree / 'toyvoc.json').write_text(json.dumps(settings))
 
-# %% ../nbs/01_toyvoc.ipynb #8e80b4a1
-def _settings(n_train, n_valid, size, seed):
-    settings = dict(version=1, n_train=n_train, n_valid=n_valid, size=size, seed=seed)
-    least = dict(n_train=1, n_valid=1, size=16, seed=0)
-    for name, low in least.items():
-        value = settings[name]
-        if not isinstance(value, (int, np.integer)): raise TypeError(f'{name}={value!r} is not a whole number')
-        if value < low: raise ValueError(f'{name}={value} is too small: give {low} or more')
-    return {name: int(value) for name, value in settings.items()}
-
-def _reuse(dest, settings):
-    "Whether the tree is there, whole, and made with these settings."
-    record, other = dest / 'toyvoc.json', 'choose another dest'
-    if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())): return False
-    if not record.is_file(): raise ValueError(f'{dest} holds something other than a toy data set: {other}')
-    try: found = json.loads(record.read_text())
-    except ValueError: raise ValueError(f'{record} is damaged: remove {dest}, or {other}') from None
-    if found != settings: raise ValueError(f'{dest} holds a toy data set made with {found}, not {settings}: {other}')
-    for lost in _lost(dest, settings): raise ValueError(f'{dest} has lost {lost}: remove it, or {other}')
-    return True
-
-def _lost(tree, settings):
-    "The images and masks that are not there, or empty."
-    ids = [f'{split}_{i:06d}' for split, n in zip(_SPLITS, ('n_train', 'n_valid')) for i in range(settings[n])]
-    for folder, suffix in (('JPEGImages', '.jpg'), ('SegmentationClass', '.png')):
-        found = os.scandir(tree / folder) if (tree / folder).is_dir() else ()
-        whole = {file.name for file in found if file.stat().st_size}
-        yield from (f'{folder}/{i}{suffix}' for i in ids if i + suffix not in whole)
-
-# %% ../nbs/01_toyvoc.ipynb #47303b0b
-def _from_cache(settings):
-    "Where the cache has the tree of these settings; one that is damaged is removed."
-    dest = cache_dir() / 'toyvoc-v{version}-{n_train}-{n_valid}-{size}px-seed{seed}'.format(**settings)
-    with locked_folder(dest.parent):  # or one that another process has made anew could go
-        try: _reuse(dest, settings)
-        except ValueError:
-            print(f'{dest} is damaged: it is made anew', flush=True)
-            shutil.rmtree(dest)
-    return dest
-
 # %% ../nbs/01_toyvoc.ipynb #d8e9cfc5
 def toy_voc(
     dest: str | Path | None = None,  # the tree to make; None: a folder in the user's cache, named after the parameters
@@ -185,12 +144,12 @@ def toy_voc(
     seed: int = 0,  # 0 or more
 ) -> Path:  # a complete tree in the layout of VOC
     "Make the built-in data set once; later calls with the same parameters return it at once."
-    settings = _settings(n_train, n_valid, size, seed)
-    if dest is None: dest = _from_cache(settings)
+    settings = toy_settings(n_train, n_valid, size, seed)
+    if dest is None: dest = place_in_cache(settings)
     dest = Path(dest).expanduser()
-    if _reuse(dest, settings): return dest
+    if is_whole(dest, settings): return dest
     try:
         with whole_folder(dest) as draft: _write_tree(draft, **settings)
-    except OSError:  # another process was quicker: its tree is the same, or _reuse says what is in the way
-        if not _reuse(dest, settings): raise
+    except OSError:  # another process was quicker: its tree is the same, or is_whole says what is in the way
+        if not is_whole(dest, settings): raise
     return dest

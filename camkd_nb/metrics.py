@@ -6,55 +6,19 @@
 __all__ = ['SegLoss', 'ConfusionMatrix', 'MeanIoU', 'PixelAccuracy']
 
 # %% ../nbs/03_metrics.ipynb #e54585c1
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from fastai.learner import Learner, Metric
 from torch import Tensor, nn
 
 from .explain import explain_classes
+from .pixels import (
+    CountedMetric, accuracy, checked_reduction, class_ious, class_table, count_pixels, labels_of, no_counts,
+    pixel_loss, sum_counts)
 from .tensors import logits_of
-from .voc import VOID
-from .watch import LabelWatch, check_class_count, check_outsider, outsider
-
-# %% ../nbs/03_metrics.ipynb #6a98fd59
-def _labels(mask):
-    "Class indices of any integer type as a plain int64 tensor, which PyTorch's loss and indexing accept."
-    if mask.is_floating_point():
-        raise TypeError(f'the mask has dtype {mask.dtype}: give class indices, for example mask.long()')
-    return mask.as_subclass(Tensor).long()
-
-# %% ../nbs/03_metrics.ipynb #a4d53f50
-def _check_shapes(logits, mask):
-    "Raise a `ValueError` unless logits (B, C, H, W) have a mask (B, H, W); both may lack the batch axis."
-    got, size = tuple(logits.shape), tuple(mask.shape)
-    if got[:-3] + got[-2:] == size: return
-    if logits.ndim - mask.ndim == 1 and got[:-3] == size[:-2]:
-        raise ValueError(f'the logits have {got[-2:]} pixels and the mask has {size[-2:]}: resize the logits first '
-                         "with F.interpolate(logits, mask.shape[-2:], mode='bilinear', align_corners=False)")
-    raise ValueError(f'logits of shape {got} and a mask of shape {size}: give (B, C, H, W) and (B, H, W)')
-
-# %% ../nbs/03_metrics.ipynb #e6dbae17
-def _checked_reduction(reduction):
-    if reduction in ('mean', 'sum', 'none'): return reduction
-    raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum' or 'none'")
-
-def _reduced_loss(logits, mask, weight, reduction, check):
-    "Cross-entropy in float32: its mean or sum over the labelled pixels of the batch, or the mean of each image."
-    _check_shapes(logits, mask)
-    if logits.ndim != 4: raise ValueError(
-        f'logits of shape {tuple(logits.shape)}: give a batch (B, C, H, W); for one image, logits[None] and mask[None]')
-    check_class_count(logits.shape[1])
-    void = mask == VOID
-    if check: check_outsider(int(outsider(mask, logits.shape[1])), logits.shape[1])
-    loss = F.cross_entropy(logits.float(), mask, weight=weight, ignore_index=VOID, reduction='none').sum((1, 2))
-    if reduction == 'sum': return loss.sum()
-    count = (~void if weight is None else weight[mask.masked_fill(void, 0)] * ~void).sum((1, 2))
-    if reduction == 'mean': loss, count = loss.sum(), count.sum()
-    return loss / torch.where(count > 0, count, 1)
+from .watch import LabelWatch
 
 # %% ../nbs/03_metrics.ipynb #1da2ca24
 class SegLoss(nn.Module):
@@ -67,18 +31,16 @@ class SegLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer('weight', None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
-        self.aux_weight, self.reduction, self._checked = aux_weight, _checked_reduction(reduction), False
+        self.aux_weight, self.reduction, self._checked = aux_weight, checked_reduction(reduction), False
 
     def forward(self,
         pred: object,  # what the network returned: logits (B, C, H, W), or a dict with them as 'out' and perhaps 'aux'
         mask: Tensor,  # class indices, void 255, (B, H, W)
     ) -> Tensor:  # float32; a scalar, or (B,) where `reduction` is 'none'
         "The loss of the labelled pixels."
-        reduction = _checked_reduction(self.reduction)
-        mask, check = _labels(mask), mask.device.type == 'cpu' or not self._checked
-        loss = _reduced_loss(logits_of(pred), mask, self.weight, reduction, check)
-        if isinstance(pred, Mapping) and 'aux' in pred:
-            loss = loss + self.aux_weight * _reduced_loss(logits_of(pred['aux']), mask, self.weight, reduction, check)
+        reduction, mask = checked_reduction(self.reduction), labels_of(mask)
+        check = mask.device.type == 'cpu' or not self._checked  # which makes a GPU wait
+        loss = pixel_loss(pred, mask, self.weight, aux_weight=self.aux_weight, reduction=reduction, check=check)
         self._checked = True
         return loss
 
@@ -92,71 +54,7 @@ class SegLoss(nn.Module):
         "Class indices."
         return logits_of(pred).max(dim=1).indices  # not argmax, which is four times slower on a CPU
 
-# %% ../nbs/03_metrics.ipynb #6c2f31a4
-def _predicted(
-    pred: object,  # logits (B, C, H, W), a dict with them, or class indices (B, H, W)
-    mask: Tensor,  # true class indices, (B, H, W)
-    n_classes: int,
-    watch: LabelWatch,  # of the labels
-) -> Tensor:  # predicted class indices, int64, (B, H, W)
-    "The predicted class of each pixel."
-    given = pred.as_subclass(Tensor) if isinstance(pred, Tensor) else logits_of(pred)
-    if given.ndim == mask.ndim and not given.is_floating_point():
-        if given.shape != mask.shape:
-            raise ValueError(f'predictions of shape {tuple(given.shape)} and a mask of shape {tuple(mask.shape)}: '
-                             'give one prediction a label')
-        watch.look(given.long(), n_classes, mask == VOID)
-        return given.long()
-    _check_shapes(given, mask)
-    if given.shape[-3] != n_classes:
-        raise ValueError(f'the logits have {given.shape[-3]} classes, the confusion matrix has {n_classes}: '
-                         'build both for the same classes')
-    return given.max(dim=-3).indices  # not argmax, which is four times slower on a CPU
-
-# %% ../nbs/03_metrics.ipynb #6e8d3777
-def _counted(index, n):
-    "How often each of the numbers 0 to n - 1 occurs, int64; a GPU does not wait for it."
-    if index.device.type == 'cpu': return torch.bincount(index, minlength=n)
-    index = index.clamp(0, n - 1)  # labels that no class has are found later
-    return torch.zeros(n, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
-
-def _count_pixels(pred, mask, n, watch):
-    "Pixels by true class (row) and predicted class (column), void left out: int64, (n, n)."
-    mask = _labels(mask)
-    watch.look(mask, n)
-    index = torch.where(mask == VOID, n*n, n*mask + _predicted(pred, mask, n, watch))
-    return _counted(index.flatten(), n*n + 1)[:n*n].view(n, n)
-
-# %% ../nbs/03_metrics.ipynb #60861eae
-def _class_iou(counts):
-    "Intersection over union of each class: float64, on the CPU, (C,)."
-    counts = counts.cpu().double()
-    hits = counts.diag()
-    return hits / (counts.sum(1) + counts.sum(0) - hits)
-
-def _accuracy(counts):
-    counts = counts.cpu().double()
-    return (counts.trace() / counts.sum()).item()
-
-# %% ../nbs/03_metrics.ipynb #3f965902
-def _class_table(counts, vocab):
-    if len(vocab) != len(counts):
-        raise ValueError(f'{len(vocab)} names for {len(counts)} classes: give one name a class')
-    iou, counts = _class_iou(counts), counts.cpu().double()
-    pixels = counts.sum(1)
-    return pd.DataFrame({'class': list(vocab), 'iou': iou.numpy(),
-                         'accuracy': (counts.diag() / pixels).numpy(), 'pixels': pixels.long().numpy()})
-
-# %% ../nbs/03_metrics.ipynb #83d2bb11
-def _no_counts(n):
-    if not 0 < n <= VOID: raise ValueError(f'{n} classes: give 1 to {VOID}, since the label {VOID} means void')
-    return torch.zeros(n, n, dtype=torch.int64)
-
-def _sum(counts, others):
-    "The sum of two tables, on the device of the first."
-    if len(counts) != len(others):
-        raise ValueError(f'{len(counts)} and {len(others)} classes: add matrices of the same classes')
-    return counts + others.to(counts.device)
+# %% ../nbs/03_metrics.ipynb #85e929df
 def _checked(confusion):
     "Its counts; a `ValueError` where a GPU has counted labels that no class has."
     confusion._watch.settle()
@@ -167,20 +65,19 @@ class ConfusionMatrix:
     "Pixels counted by true class (row) and predicted class (column), void left out."
     def __init__(self, n_classes: int,  # background included
     ) -> None:
-        self.n_classes, self.matrix = n_classes, _no_counts(n_classes)  # matrix: int64, (n_classes, n_classes)
-        self._watch = LabelWatch()
+        self.n_classes, self._watch, self.matrix = n_classes, LabelWatch(), no_counts(n_classes)  # int64, (C, C)
 
     def update(self,
         pred: object,  # logits (B, C, H, W), a dict with them as 'out', or predicted class indices (B, H, W)
         mask: Tensor,  # true class indices, void 255, (B, H, W)
     ) -> Self:  # itself
         "Count the pixels of one batch, on the device where they are."
-        self.matrix = _sum(_count_pixels(pred, mask, self.n_classes, self._watch), self.matrix)
+        self.matrix = sum_counts(count_pixels(pred, mask, self.n_classes, self._watch), self.matrix)
         return self
 
     def iou(self) -> Tensor:  # float64, on the CPU, (n_classes,)
         "Intersection over union of each class; NaN for a class that is neither true nor predicted anywhere."
-        return _class_iou(_checked(self))
+        return class_ious(_checked(self))
 
     def miou(self) -> float:  # NaN where no pixel was counted
         "Mean IoU of the classes that are true or predicted somewhere, background included."
@@ -188,67 +85,29 @@ class ConfusionMatrix:
 
     def pixel_accuracy(self) -> float:  # NaN where no pixel was counted
         "Share of the labelled pixels that are predicted right."
-        return _accuracy(_checked(self))
+        return accuracy(_checked(self))
 
     def table(self, vocab: Sequence[str],  # class names, background first
     ) -> pd.DataFrame:  # columns class, iou, accuracy, pixels
         "One row a class: IoU, accuracy (share of its pixels found) and labelled pixels."
-        return _class_table(_checked(self), vocab)
+        return class_table(_checked(self), vocab)
 
     def __add__(self, other: Self,  # counts of other pixels, of the same classes
     ) -> Self:  # the counts of both, on the device of `self`
         total = type(self)(self.n_classes)
-        total.matrix = _sum(_checked(self), _checked(other))
+        total.matrix = sum_counts(_checked(self), _checked(other))
         return total
 
-# %% ../nbs/03_metrics.ipynb #2071eb54
-def _repeated(dl, n):
-    "How many of the `n` images in the batch from `dl` are there only so that all processes get as many."
-    if not all(hasattr(dl, o) for o in ('i', 'n', 'n_padded', 'rank', 'world_size')): return 0
-    return min(n, max(0, dl.i + dl.rank * dl.n_padded // dl.world_size - dl.n))
-
-# %% ../nbs/03_metrics.ipynb #82ef50a2
-def _all_processes(confusion):
-    "The counts of all processes of a distributed run, from those of this process."
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()): return confusion
-    total = confusion + ConfusionMatrix(confusion.n_classes)  # a copy, so that reading twice does not add twice
-    distributed.all_reduce(total.matrix)
-    return total
-
-# %% ../nbs/03_metrics.ipynb #25d6030e
-class _ConfusionMetric(Metric):
-    "A fastai metric read off the confusion matrix of the whole set."
-    confusion: ConfusionMatrix | None
-
-    def reset(self) -> None:
-        "Forget what was counted."
-        self.confusion = None
-
-    def accumulate(self,
-        learn: Learner,  # has the `pred` and `y` of the batch
-    ) -> None:
-        "Count the pixels of one batch."
-        pred, mask = logits_of(learn.pred), learn.y
-        if self.confusion is None: self.confusion = ConfusionMatrix(pred.shape[1])
-        keep = len(mask) - _repeated(learn.dl, len(mask))
-        if keep: self.confusion.update(pred[:keep], mask[:keep])
-
-    @property
-    def value(self) -> float | None:  # None where no batch was counted
-        "The score of all batches since `reset`, in all processes."
-        return None if self.confusion is None else self._read(_all_processes(self.confusion))
-
 # %% ../nbs/03_metrics.ipynb #58924f0c
-class MeanIoU(_ConfusionMetric):
+class MeanIoU(CountedMetric):
     "Mean IoU over the whole validation set, void left out: a metric for `Learner`."
     name = 'mean_iou'
-    def _read(self, confusion): return confusion.miou()
+    def score(self, counts: Tensor) -> float: return class_ious(counts).nanmean().item()
 
-class PixelAccuracy(_ConfusionMetric):
+class PixelAccuracy(CountedMetric):
     "Share of the labelled pixels predicted right over the whole validation set: a metric for `Learner`."
     name = 'pixel_accuracy'
-    def _read(self, confusion): return confusion.pixel_accuracy()
+    def score(self, counts: Tensor) -> float: return accuracy(counts)
 
 # %% ../nbs/03_metrics.ipynb #3e7c248b
 explain_classes(globals())

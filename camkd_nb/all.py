@@ -36,6 +36,7 @@ from . import models as _models
 from . import pool as _pool
 from . import published as _published
 from . import rivals as _rivals
+from . import samples as _samples
 from . import stages as _stages
 from . import study as _study
 from . import tensors as _tensors
@@ -67,6 +68,7 @@ from .models import *
 from .pool import *
 from .published import *
 from .rivals import *
+from .samples import *
 from .stages import *
 from .study import *
 from .tensors import *
@@ -82,6 +84,7 @@ __all__ += _check.__all__
 __all__ += _gather.__all__
 __all__ += _download.__all__
 __all__ += _toyvoc.__all__
+__all__ += _samples.__all__
 __all__ += _data.__all__
 __all__ += _tensors.__all__
 __all__ += _layouts.__all__

@@ -16,12 +16,12 @@ from matplotlib.text import Text
 from camkd_nb import lettering
 from camkd_nb.board import draw_board
 from camkd_nb.check import voc_check
-from camkd_nb.data import TensorVOCMask
 from camkd_nb.drawing import Page
 from camkd_nb.figures import show_attention
 from camkd_nb.files import whole_file, whole_folder
 from camkd_nb.stages import last_stages
 from camkd_nb.models import toy_student
+from camkd_nb.samples import TensorVOCMask
 from camkd_nb.study import plot_gains
 from camkd_nb.toyvoc import toy_voc
 

@@ -26,7 +26,8 @@ from fastai.optimizer import Adam, Optimizer
 from torch import nn
 
 import camkd_nb.training
-from camkd_nb.data import JointAugment, VOCImage, VOCMask
+from camkd_nb.data import JointAugment
+from camkd_nb.samples import VOCImage, VOCMask
 from camkd_nb.evaluate import Evaluation, evaluate, network_input
 from camkd_nb.loading import SeededDL
 from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -31,22 +30,15 @@ from .evaluate import evaluate
 from .figures import show_attention
 from .files import whole_file
 from .metrics import ConfusionMatrix
+from .outcomes import Outcome, result_table, save_students
 from .tensors import eval_mode, logits_of
 from .teachers import load_teacher, trained_teacher
 from .toyvoc import toy_voc
 from .training import Recipe, fit, score_on_batches
-from .voc import voc_classes, voc_root
+from .trees import voc_root
+from .voc import voc_classes
 
 # %% ../nbs/09_demo.ipynb #d9faa67a
-@dataclass
-class Outcome:
-    "What one seed gave."
-    seed: int
-    plain: float  # mIoU of the student without distillation, 0 to 1
-    distilled: float  # mIoU of the same student with it
-    seconds: tuple[float, float]  # of both trainings
-    models: dict[str, nn.Module]  # 'student' and 'distilled student' -> network
-
 def compare(
     new_student: Callable[[], nn.Module],  # returns an untrained student
     teacher: nn.Module,  # trained
@@ -63,21 +55,6 @@ def compare(
     before, after = (evaluate(model, recipe.tree, recipe.valid, progress=False).miou
                      for model in (plain, distilled))
     return Outcome(seed, before, after, seconds, {'student': plain, 'distilled student': distilled})
-
-# %% ../nbs/09_demo.ipynb #52fbd372
-def result_table(
-    outcomes: Sequence[Outcome],
-) -> str:
-    "The outcomes in points of mIoU, one line a seed."
-    lines = ['mIoU in points', 'seed   student   distilled    gain   seconds']
-    points = [(100 * o.plain, 100 * o.distilled, 100 * (o.distilled - o.plain)) for o in outcomes]
-    for o, (a, b, c) in zip(outcomes, points):
-        lines.append(f'{o.seed:4d}   {a:7.1f}   {b:9.1f}   {c:+5.1f}   {o.seconds[0]:.0f} + {o.seconds[1]:.0f}')
-    if len(outcomes) == 1: return '\n'.join(lines)
-    for name, of, sign in (('mean', mean, '+'), ('  sd', stdev, '')):
-        a, b, c = map(of, zip(*points))
-        lines.append(f'{name}   {a:7.1f}   {b:9.1f}   {c:{sign}5.1f}')
-    return '\n'.join(lines)
 
 # %% ../nbs/09_demo.ipynb #8beb4660
 def image_scores(
@@ -128,42 +105,6 @@ def save_picture(
 def _as_image(figure):
     figure.savefig(buffer := io.BytesIO(), format='png', dpi=80, bbox_inches='tight')
     return PILImage.open(buffer).convert('RGB')
-
-# %% ../nbs/09_demo.ipynb #07eef408
-_NOTE = """Students that camkd-demo trained, as state dicts.
-
-    student-seedN.pth            without a teacher
-    distilled-student-seedN.pth  with its class attention
-
-To load one:
-
-    import torch
-    from camkd_nb.models import build_model
-    model = build_model({name!r}, {n_classes}, output_stride={stride})
-    model.load_state_dict(torch.load('student-seed0.pth', weights_only=True))
-    model.eval()
-
-Input: RGB images, normalised with ImageNet's mean and standard deviation, (B, 3, H, W).
-Classes: {classes}
-
-{table}
-"""
-
-def save_students(
-    folder: Path,  # there is one
-    outcomes: Sequence[Outcome],  # all so far; the networks of the last one are written
-    args: argparse.Namespace,  # has the student's name and stride
-    recipe: Recipe,
-) -> None:
-    "Keep two state dicts, and a note how to load them."
-    vocab, last = voc_classes(recipe.tree), outcomes[-1]
-    for name, model in last.models.items():
-        state = {key: value.cpu() for key, value in model.state_dict().items()}
-        with whole_file(folder/f'{name.replace(" ", "-")}-seed{last.seed}.pth', sync=True) as draft:
-            torch.save(state, draft)
-    note = _NOTE.format(name=args.student, n_classes=len(vocab), stride=args.output_stride, classes=', '.join(vocab),
-                        table=result_table(outcomes))
-    with whole_file(folder/'README.txt') as draft: draft.write_text(note, encoding='utf-8')
 
 # %% ../nbs/09_demo.ipynb #cdc558a8
 def _examine(teacher, recipe):

@@ -10,11 +10,12 @@ notebooks = sorted(path for path in (root/'nbs').rglob('*.ipynb') if not any(par
 chapters = [path for path in notebooks if path.parent.name == 'engine' or path.parent.name == 'nbs' and re.match(r'\d\d_', path.name)]
 # The house from the ground up: a module imports only from those before it. Numbered pages are the course, the others
 # the engine room.
-floors = """explain files lettering photos lists 00_voc signs inspection check outlines colours pairs plans gather
-            download toytree 01_toyvoc loading views samples 02_data tensors layouts layers probes stages weights heads backbones
-            cost 04_models published watch pixels 03_metrics evaluate regions gradients second_order 05_attention terms
-            asking 06_losses rivals classes inputs pulls teachercheck distiller groups columns unlabelled 07_distill identity
-            checkpoint drawing panels 08_figures training teachers arguments 09_demo rows study pool board explore all""".split()
+floors = """explain files lettering photos lists trees 00_voc signs inspection check outlines colours pairs plans gather
+            download toytree 01_toyvoc loading views samples 02_data tensors layouts layers probes stages weights heads
+            backbones cost 04_models published watch pixels 03_metrics evaluate regions gradients second_order readings methods 05_attention
+            terms asking 06_losses rivals classes inputs pulls teachercheck distiller groups columns unlabelled events
+            07_distill identity checkpoint drawing panels 08_figures training teachers arguments outcomes 09_demo rows study
+            pool board explore all""".split()
 modules = [re.sub(r'^\d\d_', '', page) for page in floors]
 machine_path = re.compile(r'(?<![\w.:/<+=~…])/[\w.-]+/[\w./-]+')
 widget_view = 'application/vnd.jupyter.widget-view+json'

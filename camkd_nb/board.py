@@ -18,7 +18,8 @@ from .drawing import Page, class_legend, draw_panel, legend_rows, map_bar
 from .panels import layer_of_each
 from .files import whole_file
 from .stages import last_stages
-from .voc import VOID, background_class
+from .trees import background_class
+from .voc import VOID
 
 # %% ../nbs/engine/board.ipynb #b0c50e2a
 SIDE, GAP, TITLE, HEAD, FOOT, BAR = 1.9, .12, .34, .34, .4, .9  # inches

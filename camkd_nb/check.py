@@ -24,7 +24,8 @@ from .lettering import write_ticks
 from .lists import NAME_FILES, picture_files, read_ids, read_names, split_lists
 from .inspection import noted, read_pair
 from .signs import reordered
-from .voc import VOID, background_class, voc_classes, voc_palette, voc_root
+from .trees import background_class, voc_root
+from .voc import VOID, voc_classes, voc_palette
 
 # %% ../nbs/engine/check.ipynb #9f0b2737
 class Problem(NamedTuple):

@@ -23,7 +23,8 @@ from .explain import explain_classes
 from .loading import SeededDL, training_items
 from .samples import VOCImage, VOCMaskBlock
 from .views import apply_view, check_view_options, light_matrix, random_view, whole_view
-from .voc import VOID, check_pair, voc_classes, voc_items
+from .trees import check_pair
+from .voc import VOID, voc_classes, voc_items
 
 # %% ../nbs/02_data.ipynb #8f3ef0fb
 _MEAN = tuple(round(255*m) for m in imagenet_stats[0])  # the mean colour of ImageNet's photographs

@@ -15,7 +15,8 @@ from pathlib import Path
 from fastprogress import progress_bar
 
 from .files import locked_folder, whole_file
-from .voc import voc_ids, voc_root, write_mask
+from .trees import voc_ids, voc_root
+from .voc import write_mask
 
 # %% ../nbs/engine/download.ipynb #92f45908
 def _official(year):

@@ -25,7 +25,8 @@ from torch import Tensor
 from .explain import explain_classes
 from .lettering import write
 from .tensors import resize
-from .voc import VOID, background_class, color_mask
+from .trees import background_class
+from .voc import VOID, color_mask
 
 # %% ../nbs/engine/drawing.ipynb #241fa196
 def _grey(picture):

@@ -26,7 +26,8 @@ from .lists import PHOTO_SUFFIXES
 from .metrics import ConfusionMatrix
 from .photos import open_picture, read_photo
 from .tensors import Read, eval_mode, imagenet_stats, logits_of, resize
-from .voc import VOID, check_mask, check_pair, read_image, read_mask, voc_classes, voc_items, voc_root, write_mask
+from .trees import check_pair, voc_root
+from .voc import VOID, check_mask, read_image, read_mask, voc_classes, voc_items, write_mask
 
 # %% ../nbs/engine/evaluate.ipynb #435ddbd3
 def network_input(

@@ -28,7 +28,8 @@ from .panels import checked_input, class_iou, input_for, largest_class, predicti
 from .layers import unwrapped
 from .losses import map_distance
 from .regions import REGIONS
-from .voc import VOC_CLASSES, VOID, background_class
+from .trees import background_class
+from .voc import VOC_CLASSES, VOID
 
 # %% ../nbs/engine/explore.ipynb #2294e7ef
 def _begin(explorer, models, x, mask, layers, vocab, pictures):

@@ -17,7 +17,8 @@ import numpy as np
 from .lists import advice_for, the_mask, the_photo
 from .photos import open_picture, orientation, stored_indices, to_rgb
 from .signs import edge_match, solid_share
-from .voc import VOID, check_mask, check_pair
+from .trees import check_pair
+from .voc import VOID, check_mask
 
 # %% ../nbs/engine/inspection.ipynb #c67c8e1b
 @dataclass

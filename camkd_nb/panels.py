@@ -16,7 +16,8 @@ from .attention import class_attention
 from .drawing import Panel, extremes, maximum, overlay_map, overlay_mask, overlay_signed_map
 from .layers import find_layers
 from .tensors import check_images, denormalize, eval_mode, logits_of, resize, unknown_name
-from .voc import VOID, background_class, check_mask
+from .trees import background_class
+from .voc import VOID, check_mask
 
 # %% ../nbs/engine/panels.ipynb #b1830bf6
 def class_index(

@@ -24,7 +24,8 @@ from .explain import explain_classes
 from .outlines import KINDS, Sheet, embedded_photo, is_annotation, read_annotation
 from .pairs import Item, base_of, divide, make_pairs, pictures, split_name
 from .photos import open_picture, orientation
-from .voc import VOID, background_class, check_pair
+from .trees import background_class, check_pair
+from .voc import VOID
 
 # %% ../nbs/engine/plans.ipynb #fcf99b72
 @dataclass

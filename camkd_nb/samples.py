@@ -25,7 +25,8 @@ from matplotlib.patches import Patch
 from .explain import explain_classes
 from .lettering import write
 from .photos import read_photo
-from .voc import VOID, background_class, check_mask, checked_mask, color_mask, read_mask
+from .trees import background_class, checked_mask
+from .voc import VOID, check_mask, color_mask, read_mask
 
 # %% ../nbs/engine/samples.ipynb #32e9560b
 class VOCMask(PILMask):

@@ -19,7 +19,8 @@ from .models import build_model, toy_teacher
 from .published import deeplabv3_mobilenetv2_voc, voc_teacher
 from .toyvoc import TOY_CLASSES
 from .training import Recipe, fit
-from .voc import voc_classes, voc_items, voc_root
+from .trees import voc_root
+from .voc import voc_classes, voc_items
 from .weights import load_fitting, read_state
 
 # %% ../nbs/engine/teachers.ipynb #f2832a50

@@ -6,8 +6,6 @@
 __all__ = ['VOC_CLASSES', 'VOID', 'color_mask', 'read_mask', 'read_image', 'write_mask', 'voc_classes', 'voc_items']
 
 # %% ../nbs/00_voc.ipynb #98b03820
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,9 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from .files import whole_file
-from .lists import NAME_FILES, advice_for, picture_files, read_ids, read_names, split_lists, the_mask, the_photo
+from .lists import NAME_FILES, advice_for, picture_files, read_names, the_mask, the_photo
 from .photos import open_picture, stored_indices, to_rgb
+from .trees import checked_mask, voc_ids, voc_root
 
 # %% ../nbs/00_voc.ipynb #dbcd2375
 VOC_CLASSES = [
@@ -54,21 +53,6 @@ def read_image(
     "The pixels of an image as it is shown, always three channels."
     return to_rgb(open_picture(file), file)
 
-# %% ../nbs/00_voc.ipynb #06aa4902
-def checked_mask(
-    mask: ArrayLike,  # class indices, (H, W)
-) -> np.ndarray:  # uint8, (H, W)
-    "`mask` as `uint8`, if it is two-dimensional and holds whole numbers 0..255."
-    values = np.asarray(mask)
-    if values.ndim != 2:
-        raise ValueError(f'A mask has the shape (H, W), not {values.shape}. Pass one mask, without batch or channels.')
-    if values.dtype.kind not in 'biu':
-        raise TypeError(f'A mask holds whole numbers, not {values.dtype}. Logits? Take `argmax` over classes first.')
-    if values.size and not 0 <= values.min() <= values.max() <= 255:
-        found = f'{values.min()}..{values.max()}'
-        raise ValueError(f'Mask values are 0..255, found {found}. Void is {VOID}, not a negative number.')
-    return values.astype(np.uint8)
-
 # %% ../nbs/00_voc.ipynb #6f5bd047
 def write_mask(
     mask: ArrayLike,  # class indices, whole numbers 0..255, (H, W)
@@ -98,35 +82,6 @@ def check_mask(
         f'with class indices, not colours or grey values. If this is undecided, map it to {VOID}: '
         f'`voc_gather(..., void={values[0] if len(values) == 1 else values})`.')
 
-# %% ../nbs/00_voc.ipynb #ba1226a6
-def check_pair(
-    image_size: tuple[int, int],  # width and height, pixels
-    mask_size: tuple[int, int],  # width and height, pixels
-    where: str | Path,  # the mask's file, for the message
-) -> None:
-    "Raise a `ValueError` if an image and its mask differ in size."
-    (width, height), (mask_width, mask_height) = image_size, mask_size
-    if (width, height) == (mask_width, mask_height): return
-    turned = (width, height) == (mask_height, mask_width)
-    raise ValueError(f'{where}: the mask is {mask_width}×{mask_height} pixels, its image {width}×{height}. '
-                     + 'The mask lies on its side: was it made before the photo was turned by its orientation tag? '
-                       'Save the photo without that tag, or turn the mask.' * turned
-                     + 'Each pixel needs its own label: make the mask again at the size of the image.' * (not turned))
-
-# %% ../nbs/00_voc.ipynb #de90cf87
-_FOLDERS = 'JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'
-
-def voc_root(
-    path: str | Path,  # a VOC tree, or a folder that holds `VOC2012` or `VOCdevkit/VOC2012`
-) -> Path:  # the folder with JPEGImages, SegmentationClass and ImageSets in it
-    "Find the VOC tree at or below `path`."
-    path = Path(path).expanduser()
-    if not path.is_dir(): raise ValueError(f'{path}: no such folder. Give the folder of a VOC tree.')
-    root = next((p for p in (path/'VOCdevkit/VOC2012', path/'VOC2012') if p.is_dir()), path)
-    missing = [name for name in _FOLDERS if not (root/name).is_dir()]
-    if missing: raise ValueError(f'{root}: not a VOC tree, it lacks {", ".join(missing)}.')
-    return root
-
 # %% ../nbs/00_voc.ipynb #4e15a53d
 def voc_classes(
     path: str | Path,  # a VOC tree
@@ -135,30 +90,6 @@ def voc_classes(
     root = voc_root(path)
     listed = next((root/name for name in NAME_FILES if (root/name).is_file()), None)
     return read_names(listed) if listed else list(VOC_CLASSES)
-
-# %% ../nbs/00_voc.ipynb #6d2f72a6
-_BACKGROUND = 'background', 'bg', 'unlabelled', 'unlabeled', 'none', 'nothing'
-
-def background_class(
-    vocab: Iterable[str] | None,  # class names; None: not known
-) -> int | None:  # its index; None where there is none, and 0 where names are not known
-    "The class of all that is no object, by its name."
-    if vocab is None: return 0
-    return next((c for c, name in enumerate(vocab) if name.lower().strip('_- ') in _BACKGROUND), None)
-
-# %% ../nbs/00_voc.ipynb #ac0763c5
-def voc_ids(
-    path: str | Path,  # a VOC tree
-    split: str,  # 'train', 'val' or another list in ImageSets/Segmentation
-) -> list[str]:  # ids, without suffix
-    "The ids of a split, in the order of its list."
-    lists = voc_root(path)/'ImageSets/Segmentation'
-    listed = lists/f'{split}.txt'
-    if not listed.is_file():
-        raise ValueError(f'No split {split!r} in {lists}. There are: {", ".join(split_lists(lists)) or "none"}.')
-    ids = read_ids(listed)
-    if not ids: raise ValueError(f'{listed}: the split is empty. Write one id a line, without folder and suffix.')
-    return ids
 
 # %% ../nbs/00_voc.ipynb #4fcadfa9
 def voc_items(
@@ -177,9 +108,3 @@ def voc_items(
                          f'{", ".join(missing[:3])}. Put them there or take their ids out of the list.'
                          + advice_for(missing[0]))
     return [(photo, mask) for photo, mask in pairs if photo and mask]
-
-# %% ../nbs/00_voc.ipynb #724ae367
-def voc_real() -> Path | None:  # the tree, or None where the variable is not set
-    "The real VOC 2012 tree that the environment variable CAMKD_VOC names."
-    path = os.environ.get('CAMKD_VOC')
-    return voc_root(path) if path else None

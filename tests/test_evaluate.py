@@ -12,7 +12,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from camkd_nb.evaluate import evaluate
 from camkd_nb.published import deeplabv3_mobilenetv2_voc
-from camkd_nb.voc import VOID, read_mask, voc_items, voc_real
+from camkd_nb.trees import voc_real
+from camkd_nb.voc import VOID, read_mask, voc_items
 
 voc = voc_real()
 weights = voc and Path(os.environ.get('CAMKD_WEIGHTS') or voc.parents[1]/'weights')/'deeplabv3_mobilenetv2_voc.pth'

@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 from camkd_nb.check import voc_check
 from camkd_nb.gather import main, voc_gather
 from camkd_nb.outlines import polygon_part, runs_mask
-from camkd_nb.voc import VOID, read_image, read_mask, voc_classes, voc_ids, voc_items
+from camkd_nb.trees import voc_ids
+from camkd_nb.voc import VOID, read_image, read_mask, voc_classes, voc_items
 
 W, H = 60, 40
 shape = np.zeros((H, W), np.uint8)

@@ -13,7 +13,8 @@ from camkd_nb.data import voc_dls
 from camkd_nb.evaluate import evaluate, predict
 from camkd_nb.photos import read_photo
 from camkd_nb.samples import VOCImage, VOCMask
-from camkd_nb.voc import read_image, read_mask, voc_classes, voc_ids, voc_items
+from camkd_nb.trees import voc_ids
+from camkd_nb.voc import read_image, read_mask, voc_classes, voc_items
 
 turned = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1), 6: np.rot90,
           7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}

@@ -39,7 +39,8 @@ from camkd_nb.published import deeplabv3_mobilenetv2_voc
 from camkd_nb.study import Study, append_row, read_runs, row_of, train
 from camkd_nb.tensors import eval_mode, imagenet_stats, resize
 from camkd_nb.training import Recipe
-from camkd_nb.voc import read_image, read_mask, voc_classes, voc_ids, voc_items
+from camkd_nb.trees import voc_ids
+from camkd_nb.voc import read_image, read_mask, voc_classes, voc_items
 
 TREE, WEIGHTS = Path(os.environ.get('CAMKD_VOC', '.')), Path(os.environ.get('CAMKD_WEIGHTS', '.'))
 SIX = 'cat', 'dog', 'horse', 'cow', 'sheep', 'person'

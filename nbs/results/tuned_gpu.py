@@ -21,7 +21,8 @@ from camkd_nb.rivals import DIST, FeatureKD
 from camkd_nb.metrics import ConfusionMatrix, SegLoss
 from camkd_nb.regions import region_masks
 from camkd_nb.tensors import eval_mode, imagenet_stats, resize, resize_mask
-from camkd_nb.voc import read_image, read_mask, voc_classes, voc_ids, voc_items
+from camkd_nb.trees import voc_ids
+from camkd_nb.voc import read_image, read_mask, voc_classes, voc_items
 
 FROZEN, BS, LR, N_CLASSES = 4, int(os.environ.get("BS", 16)), 2e-3, 21
 LAYERS = {f'backbone.{BLOCKS - 1 - FROZEN}': f'backbone.{17 - FROZEN_TEACHER}'}

@@ -6,222 +6,25 @@
 __all__ = ['Distill', 'CAMDistill']
 
 # %% ../nbs/07_distill.ipynb #07d4f7f2
-import warnings
 from collections.abc import Iterable
-from copy import deepcopy
-from functools import partial
-from typing import Any
 
-import torch
-from fastai.callback.core import Callback
-from fastai.callback.mixup import MixHandler
-from fastai.imports import noop
-from fastai.learner import Learner
-from fastai.torch_core import rank_distrib
-from torch import Tensor, nn
+from torch import nn
 
+from .asking import Distance
 from .attention import MapMethod
 from .classes import Classes, common_classes
-from .columns import Smooth, TermColumns, announce
-from .distiller import Distiller
+from .events import Eventful
 from .explain import explain_classes
-from .groups import Attached, OwnGroup, fitting, same_gradients, same_start
-from .inputs import check_task, named_terms
+from .groups import fitting, same_gradients
+from .inputs import named_terms
+from .losses import ClassAttention
 from .stages import Layers
-from .losses import ClassAttention, Distance
-from .teachercheck import TeacherCheck, verdict
 from .tensors import Read
 from .terms import Term, Weight
 from .unlabelled import Source, Unlabelled, confident
-from .watch import FiniteWatch, report
-
-# %% ../nbs/07_distill.ipynb #8941bd62
-def _leave_optimiser(distill):
-    "Take the terms' parameters out of the optimiser again."
-    group, distill.own_group = distill.own_group, None
-    if group is None: return
-    group.leave()
-
-def _join_optimiser(distill, learn, parameters):
-    "Put the terms' parameters into the optimiser, for the length of a fit."
-    for p in parameters: p.grad = None  # a search for a learning rate leaves some
-    distill.own_group = OwnGroup(learn.opt, parameters)
-
-def _put_back(distill):
-    "After a search for a learning rate the terms are what they were before."
-    kept, distill.kept = distill.kept, {}
-    for name, state in kept.items(): distill.terms[name].load_state_dict(state)
-
-class _LeaveLate(Callback):
-    "At the end of a fit, takes the terms' group out of the optimiser."
-    order = 90
-    def __init__(self, distill): self.distill = distill
-    def after_fit(self) -> None: fitting(self.learn) and _leave_optimiser(self.distill)
-
-# %% ../nbs/07_distill.ipynb #9d7d3c79
-def _unguard_batches(learn):
-    for name in ('one_batch', '_do_one_batch'): vars(learn).pop(name, None)
-
-class _Joined(Attached):
-    "What the callback does when it comes to a learner, when it goes, and when it is pickled."
-    order, run_valid, name = 5, False, 'distill'
-    companions: tuple[Callback, ...] = ()
-    distiller: Any = None  # in a fit
-
-    def joined(self, learn: Learner) -> None: learn.add_cbs([cb for cb in self.companions if cb not in learn.cbs])
-    def broke_off(self, learn: Learner) -> None:
-        "Give back what was taken from the learner for the length of a fit."
-        _unguard_batches(learn)
-        _leave_optimiser(self)
-        _put_back(self)
-
-    def left(self, learn: Learner) -> None:
-        "Give back all that was taken from the learner."
-        self.broke_off(learn)
-        learn.remove_cbs([cb for cb in self.companions if cb in learn.cbs])
-        self.distiller = None
-
-    def __getstate__(self) -> dict:
-        kept_out = 'teacher', 'distiller', 'scores', 'own_group', 'finite', 'reading', 'unlabelled', 'answers'
-        gone = {**dict.fromkeys(kept_out), 'terms': {}, 'kept': {}}
-        return {**super().__getstate__(), **gone}
-
-# %% ../nbs/07_distill.ipynb #08629869
-def _check_learner(distill, learn):
-    "What cannot work is said before anything is built."
-    blending = next((type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)), None)
-    if blending: raise TypeError(f'{blending} blends two images, and no mask says what is where: distil without it')
-    if sum(isinstance(cb, Distill) for cb in learn.cbs) > 1:
-        raise ValueError('two callbacks distil in one fit: give one of them all terms, as in '
-                         'Distill(teacher, [ClassAttention(), ChannelKD()]), or remove the one that the learner has')
-    if distill.teacher is not None: return
-    raise ValueError('this callback was copied, pickled or exported, which keeps neither teacher nor terms: remove it, '
-                     'as in `learn.remove_cb(learn.distill)`, and give `fit` a new one')
-
-# %% ../nbs/07_distill.ipynb #98a80159
-def _start(distill, learn):
-    "Check everything, build the distiller, and let the terms begin a fit."
-    _check_learner(distill, learn)
-    for term in distill.terms.values(): term.reset()
-    teacher = distill.teacher.to(next(learn.model.parameters()).device)
-    distill.distiller = Distiller(learn.model, teacher, distill.terms.values(), **distill.reading)
-    own, searching = list(distill.distiller.parameters()), hasattr(learn, 'lr_finder')
-    same_start(own)
-    if searching: distill.kept = {name: deepcopy(term.state_dict()) for name, term in distill.terms.items()}
-    elif own: _join_optimiser(distill, learn, own)
-    if learn.logger is not noop: announce(distill.terms, None if distill.told else distill.reading['classes'])
-    distill.told = True
-
-# %% ../nbs/07_distill.ipynb #126a5d67
-def _guarded(distill, one_batch, *args):
-    if distill.distiller is None: return one_batch(*args)
-    with distill.distiller: return one_batch(*args)
-
-def _with_step(learn, do_one_batch):
-    "A batch; one without labels is learnt from as well."
-    do_one_batch()
-    if learn.training and not len(learn.yb) and learn.loss_grad.requires_grad: learn._do_grad_opt()
-
-def _guard_batches(distill, learn):
-    "Put the taps around each batch."
-    _unguard_batches(learn)
-    learn.one_batch = partial(_guarded, distill, learn.one_batch)
-    learn._do_one_batch = partial(_with_step, learn, learn._do_one_batch)
-
-def _warn_of_teacher(distill):
-    "Say so, once a fit, when the teacher was no better than the student."
-    if distill.scores is None or distill.warned or rank_distrib(): return
-    wrong = verdict(distill.scores)
-    if wrong: warnings.warn(wrong, stacklevel=3)
-    distill.warned = wrong is not None
-
-# %% ../nbs/07_distill.ipynb #b90e6cb5
-def _report(distill, found):
-    "Stop, or say so where a loss scale is at work, which skips such steps by itself."
-    scaler = getattr(distill.learn, 'scaler', None)
-    if found: report(found, distill.distiller.teacher, scaler is not None and scaler.is_enabled())
-
-def _look(distill, values, task):
-    "Whether the batch's terms are finite; the batch as they saw it."
-    step, distill.distiller.compared = distill.distiller.compared, None
-    if step is None: return None
-    found = distill.finite.look({name: value for name, (value, _) in values.items()}, task, step.teacher.logits,
-                                step.student.logits, (distill.epoch, distill.iter))
-    _report(distill, found)
-    return step
-
-def _score(distill, step):
-    "Both networks on a batch with labels."
-    if step is None or step.mask is None: return
-    if distill.scores is None: distill.scores = TeacherCheck(step.teacher.logits.shape[1])
-    distill.scores.update(step.teacher.logits, step.student.logits, step.mask)
-
-# %% ../nbs/07_distill.ipynb #531ff030
-def _task(learn, x):
-    "The learner's own loss; none in a batch without labels."
-    if not len(learn.yb): return x.new_zeros(())
-    check_task(learn.loss_grad)
-    return learn.loss_grad
-
-def _add_unlabelled(distill, learn):
-    "Add the terms on a batch without labels; the network itself is run, since its wrapper expects one pass a step."
-    x, distiller = distill.unlabelled.next(), distill.distiller
-    with distiller: output = distiller.student(x)
-    values = distiller(x, distill.answers, output, learn.pct_train, none := x.new_zeros(()))
-    _look(distill, values, none)
-    if not values: return
-    total = sum((weight * value for value, weight in values.values()), none)
-    learn.loss_grad = learn.loss_grad + total
-    distill.smooth['unlabelled'].accumulate(total)
-
-def _add_terms(distill, learn):
-    "Add Σ λ·term to the loss that is optimised and to the one that is recorded."
-    x, mask = learn.xb[0].as_subclass(Tensor), learn.yb[0].as_subclass(Tensor) if len(learn.yb) else None
-    task = learn.loss_grad = _task(learn, x)
-    values = distill.distiller(x, mask, learn.pred, learn.pct_train, task)
-    distill.used = dict.fromkeys(distill.terms, 0.) | {name: weight for name, (_, weight) in values.items()}
-    _score(distill, _look(distill, values, task))
-    for name, (value, weight) in values.items():
-        learn.loss_grad = learn.loss_grad + weight * value
-        distill.smooth[name].accumulate(value)
-    if distill.unlabelled: _add_unlabelled(distill, learn)
-    learn.loss = learn.loss_grad.clone()
-
-# %% ../nbs/07_distill.ipynb #ae03376d
-def _meters(distill): return [*distill.terms, *(['unlabelled'] if distill.unlabelled else [])]
-
-def _begin_fit(distill):
-    distill.trained, distill.warned, distill.scores, distill.used = False, False, None, {}
-    distill.smooth = {name: Smooth(beta=distill.beta) for name in _meters(distill)}
-    distill.finite = FiniteWatch(distill.terms)
-    distill.broke_off(distill.learn)  # where the last fit did
-    _start(distill, distill.learn)
-    if distill.unlabelled: distill.unlabelled.begin_fit(distill.learn)
-
-def _begin_epoch(distill):
-    distill.trained = True
-    if distill.scores: distill.scores.reset()
-    _guard_batches(distill, distill.learn)
-    if distill.unlabelled: distill.unlabelled.begin_epoch(distill.epoch, next(distill.model.parameters()).device)
-
-def _settle(distill):
-    "Look at what was left on the device, before anything is saved."
-    _report(distill, distill.finite.settle())
-    distill.distiller.settle()
-
-def _end_epoch(distill):
-    _unguard_batches(distill.learn)
-    if distill.unlabelled: distill.unlabelled.end_epoch()
-    _settle(distill)
-    _warn_of_teacher(distill)
-
-def _end_fit(distill):
-    if distill.distiller: _settle(distill)  # a fit that was cancelled within an epoch
-    _put_back(distill)
-    distill.distiller = None
 
 # %% ../nbs/07_distill.ipynb #1764dcf9
-class Distill(_Joined):
+class Distill(Eventful):
     "Add distillation terms to the training loss of a `Learner`: `learn.fit(n, cbs=Distill(teacher, [PixelKD()]))`."
     def __init__(self,
         teacher: nn.Module,  # the trained network; frozen, put into eval mode and moved to the learner's device
@@ -238,34 +41,16 @@ class Distill(_Joined):
         if not isinstance(teacher, nn.Module):
             raise TypeError(f'the teacher is a {type(teacher).__name__}: give a trained torch.nn.Module')
         self.teacher, self.terms, self.show_teacher, self.beta = teacher, named_terms(terms), show_teacher, beta
-        self.reading = dict(student_output=student_output, teacher_output=teacher_output,
-                            classes=common_classes(classes))
+        self.reading = dict(student_output=student_output, teacher_output=teacher_output, classes=common_classes(classes))
         self.unlabelled, self.answers = None if unlabelled is None else Unlabelled(unlabelled), confident(confidence)
-        self.companions, self.distiller, self.own_group = (TermColumns(self), _LeaveLate(self)), None, None
-        self.trained, self.warned, self.told, self.scores, self.finite = False, False, False, None, None
-        self.smooth, self.used, self.kept = {}, {}, {}
+        self.renew()
 
-    def before_fit(self) -> None: fitting(self.learn) and _begin_fit(self)
-    def before_train(self) -> None: _begin_epoch(self)
-    def after_loss(self) -> None: _add_terms(self, self.learn)
+    def before_fit(self) -> None: fitting(self.learn) and self.begin_fit()
+    def before_train(self) -> None: self.begin_epoch()
+    def after_loss(self) -> None: self.add_terms()
     def after_backward(self) -> None: same_gradients(self.distiller.parameters())
-    def after_train(self) -> None: _end_epoch(self)
-    def after_fit(self) -> None: fitting(self.learn) and _end_fit(self)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        "The weights of the last batch, by the terms' names."
-        return {name: float(weight) for name, weight in self.used.items()}
-
-    def value(self, name: str) -> float:
-        "A term's smoothed value, before its weight; NaN where it was never computed."
-        return self.smooth[name].value.item() if name in self.smooth and self.smooth[name].count else float('nan')
-
-    def columns(self) -> dict[str, float]:
-        "The progress table's columns of this callback, with their present values."
-        nobody = dict.fromkeys(TeacherCheck.COLUMNS, float('nan'))
-        shown = (self.scores.values() if self.scores else nobody) if self.show_teacher else {}
-        return {**{name: self.value(name) for name in _meters(self)}, **shown}
+    def after_train(self) -> None: self.end_epoch()
+    def after_fit(self) -> None: fitting(self.learn) and self.end_fit()
 
 # %% ../nbs/07_distill.ipynb #01dadf8b
 class CAMDistill(Distill):

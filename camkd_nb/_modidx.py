@@ -111,6 +111,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'camkd_nb.checkpoint._read': ('engine/checkpoint.html#_read', 'camkd_nb/checkpoint.py'),
                                      'camkd_nb.checkpoint._restore': ('engine/checkpoint.html#_restore', 'camkd_nb/checkpoint.py'),
                                      'camkd_nb.checkpoint._resume': ('engine/checkpoint.html#_resume', 'camkd_nb/checkpoint.py'),
+                                     'camkd_nb.checkpoint._say_resumed': ('engine/checkpoint.html#_say_resumed', 'camkd_nb/checkpoint.py'),
                                      'camkd_nb.checkpoint._schedules': ('engine/checkpoint.html#_schedules', 'camkd_nb/checkpoint.py'),
                                      'camkd_nb.checkpoint._set_random_state': ( 'engine/checkpoint.html#_set_random_state',
                                                                                 'camkd_nb/checkpoint.py'),

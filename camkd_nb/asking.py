@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .attention import MapMethod, Reading, class_maps, map_forward
 from .explain import explain_classes
+from .methods import MapMethod, class_maps
+from .readings import Reading, map_forward
 from .regions import REGIONS, asked_classes, region_masks, resize_regions
 from .tensors import resize, resize_mask
 from .terms import Side, Step, Term

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from torch import nn
 
 from .asking import Distance
-from .attention import MapMethod
 from .classes import Classes, common_classes
 from .events import Eventful
 from .explain import explain_classes
 from .groups import fitting, same_gradients
 from .inputs import named_terms
 from .losses import ClassAttention
+from .methods import MapMethod
 from .stages import Layers
 from .tensors import Read
 from .terms import Term, Weight

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .attention import map_forward
 from .classes import Classes, common_classes
 from .explain import explain_classes
 from .inputs import (Mask, Reader, check_classes, check_logits, check_networks, check_task, checked_mask, checked_value,
@@ -23,6 +22,7 @@ from .inputs import (Mask, Reader, check_classes, check_logits, check_networks, 
 from .layers import Taps, is_compiled, unwrapped
 from .probes import accepted
 from .pulls import Pulls, teaches
+from .readings import map_forward
 from .tensors import Read, eval_mode, logits_of, notice_probabilities
 from .terms import Side, Step, Term
 from .watch import LabelWatch

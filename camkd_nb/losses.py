@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .asking import AsksForMaps, Distance, check_choices, checked_gaps, softened
-from .attention import MapMethod, map_method, needs_gradients
 from .explain import explain_classes
+from .methods import MapMethod, map_method, needs_gradients
 from .stages import Layers
 from .terms import (SHORTEST, Step, Term, Weight, labelled_images, mean_over, meet, positive, unit_length,
                             valid_share)

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from camkd_nb.attention import METHODS, class_attention, map_forward
+from camkd_nb.attention import class_attention
 from camkd_nb.layers import Taps
 from camkd_nb.heads import ASPPHead
+from camkd_nb.methods import METHODS
 from camkd_nb.models import SegmentationModel, deeplabv3, pspnet
+from camkd_nb.readings import map_forward
 from camkd_nb.tensors import logits_of
 
 n_classes, classes = 6, [0, 2, 5]

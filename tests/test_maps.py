@@ -9,13 +9,15 @@ from real_data import real_data_environment
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from camkd_nb.attention import METHODS, class_attention, map_forward, needs_gradients
+from camkd_nb.attention import class_attention
 from camkd_nb.evaluate import network_input
 from camkd_nb.layers import Taps
 from camkd_nb.losses import ClassAttention
+from camkd_nb.methods import METHODS, needs_gradients
 from camkd_nb.metrics import SegLoss
 from camkd_nb.models import toy_student
 from camkd_nb.published import deeplabv3_mobilenetv2_voc
+from camkd_nb.readings import map_forward
 from camkd_nb.tensors import logits_of
 from camkd_nb.terms import Side, Step
 from camkd_nb.voc import read_image, read_mask

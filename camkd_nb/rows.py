@@ -58,7 +58,8 @@ def _columns(lines, file):
     try: found = next(csv.reader(lines[:1]))
     except csv.Error: found = []
     while found and not found[-1]: found.pop()
-    if sorted(found) == sorted(COLUMNS): return found, 1
+    more = set(COLUMNS) < set(found) and any(_record(lines, at, found)[0] for at in range(1, len(lines)))
+    if more or sorted(found) == sorted(COLUMNS): return found, 1  # somebody may have added columns
     if any(_record(lines, at, COLUMNS)[0] for at in range(len(lines))): return COLUMNS, 0  # the header is damaged
     missing = [name for name in COLUMNS[:6] if name not in found]
     if not missing: return found, 1

@@ -272,7 +272,7 @@ def mask_legend(
 ) -> Legend:
     "What the keys of masks mean."
     names = list(classes or [entry.name for entry in entries])
-    dropped = {name for name in names if name in void or classes is None and name.lower() == 'void'}
+    dropped = {name for name in names if name in void or name.lower() == 'void'}
     vocab = [name for name in names if name not in dropped]
     check_vocab(vocab)
     rows = list(entries) if coloured or classes is None else [Entry(name) for name in names]
@@ -284,5 +284,5 @@ def mask_legend(
         return rows[said].colour if isinstance(said, int) and said in range(len(rows)) else as_colour(said)
     own: dict[Hashable, int] = {(224, 224, 192) if coloured else VOID: VOID}  # VOC's cream
     own |= {keys[row.name]: vocab.index(row.name) for row in rows if row.name in vocab}
-    lost = [key for name, key in keys.items() if name in dropped or name.lower() == 'void' and name not in vocab]
+    lost = [key for name, key in keys.items() if name in dropped or name.lower() == 'void']
     return make_legend(vocab, own, {as_key(old): new for old, new in mapping.items()}, [*map(as_key, void), *lost])

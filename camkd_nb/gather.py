@@ -104,6 +104,12 @@ def _is_made(dest, mark):
                      'Give another folder, or remove it.')
 
 # %% ../nbs/engine/gather.ipynb #52d71f7a
+def _say_unmet(legend):
+    "A word on keys that the user spoke of and no file holds."
+    unmet = sorted(map(str, legend.told - legend.seen))
+    if unmet: print(f'{first_few(unmet, 3)}: in mapping or void, but in no file; these hold '
+                    + first_few(sorted(map(str, legend.seen)), 12))
+
 def _make(dest, plan, mark, options):
     "Write the tree; how many images each list has, and where the lists come from."
     lists, where = make_splits([task.item for task in plan.tasks], options['splits'], seed=options['seed'],
@@ -113,6 +119,7 @@ def _make(dest, plan, mark, options):
         _write_lists(plan, draft, lists)
         (draft/'gathered.txt').write_text(mark, encoding='utf-8')
     for note in plan.notes: print(note)
+    _say_unmet(plan.legend)
     if 'by chance' in where: _say_frames([task.item.id for task in plan.tasks], options['groups'])
     print(f'lists {where}')
 
@@ -184,6 +191,8 @@ def _share(text):
     try: return float(text)
     except ValueError: return text
 
+def _names(text): return _listed(text) if ',' in text else text  # one alone must be a file
+
 def _file_or(text, made): return text if Path(text).expanduser().is_file() else made(text)
 
 # %% ../nbs/engine/gather.ipynb #8385bb11
@@ -219,6 +228,7 @@ def _in_words_of_the_command(text):
     text = re.sub(r'colours=\[.*?\]', "--colours '#000000,#800000,...'", text)
     text = re.sub(r'\((\d+), (\d+), (\d+)\)', as_hex, text)
     text = re.sub(r'(mapping|splits)=\{(.*?)\}', assigned, text)
+    text = text.replace('void=[...]', '--void KEYS')
     text = re.sub(r"void=\[?'?(.*?)'?\]?(?=[.; ])", lambda found: '--void ' + _quoted(found[1]), text)
     for old, new in (('classes=[...]', '--classes a,b,c'), ('partial=True', '--partial'),
                      ('background=False', '--no-background')): text = text.replace(old, new)
@@ -230,7 +240,7 @@ def _gather(args):
     "Carry out a command line."
     seen = sys.stdout.isatty()
     tree = voc_gather(
-        args.dest, args.images, args.masks, classes=args.classes and _file_or(args.classes, _listed),
+        args.dest, args.images, args.masks, classes=args.classes and _file_or(args.classes, _names),
         colours=args.colours and _file_or(args.colours, _listed), mapping=_assigned(args.mapping, _key),
         void=[_key(text) for text in _listed(args.void)], splits=_assigned(args.splits, _share) or None,
         groups=args.groups, background=not args.no_background, partial=args.partial, link=not args.copy,

@@ -74,6 +74,14 @@ def _common_tail(stems):
     tails = [{tail for _, tail in _heads(stem)} for stem in stems]
     return max(set.intersection(*tails), key=len) if len(stems) > 1 else ''
 
+def _refuse_numbered(end, tails, pattern):
+    "Raise where a photo has numbered masks, of which one would be taken and the others lost."
+    def base(tail): return re.sub(r'[_\-. ]\d+$', '', tail)
+    more = sorted({tail for tail, _ in tails if tail != end and base(tail) == base(end)})
+    if more: raise ValueError(
+        f'photos have several masks, which end in {first_few([end or "nothing", *more], 3)}: one for each object? Draw '
+        f"those of a photo into one mask, or say which are meant: masks='{pattern}/**/*{end}.png'.")
+
 def _one_tail(tails, pattern):
     "The ending of the masks, of those that were found for each."
     counts = Counter(tail for tail, _ in tails).most_common()
@@ -120,6 +128,7 @@ def make_pairs(
     if not heads: raise ValueError(f'no mask has the name of a photo. Photos are called {first_few(photos, 2)}, masks '
                                    f'{first_few(masks, 2)}: the name of a mask begins with that of its photo.')
     end, groups = _one_tail([*heads.values()], pattern), defaultdict(list)
+    _refuse_numbered(end, heads.values(), pattern)
     own = [mask for mask in masks if mask not in heads or heads[mask][0] == end]
     for mask in own:
         if mask in heads: groups[_the_photo(mask, named[heads[mask][1]])].append(mask)
@@ -214,10 +223,17 @@ def _own_lists(items, folders):
     "The lists that lie beside a source, if they fit it."
     for folder in folders:
         files = {name: folder/f'{name}.txt' for name in ('train', 'val', 'test')}
-        if not (files['train'].is_file() and files['val'].is_file()): continue
-        try: return {name: _named(items, name, file) for name, file in files.items() if file.is_file()}, str(folder)
+        if not files['val'].is_file(): files['val'] = folder/'valid.txt'
+        if not files['val'].is_file(): continue
+        try: lists = {name: _named(items, name, file) for name, file in files.items() if file.is_file()}
         except ValueError as e: print(f'not used: {e}')
+        else: return _with_train(items, lists), str(folder)
     return None, ''
+
+def _with_train(items, lists):
+    "Lists of which one is for training: it takes what the others leave where the source names only those."
+    rest = [item.id for item in items if not any(item.id in ids for ids in lists.values())]
+    return lists if 'train' in lists or not rest else {'train': rest, **lists}
 
 def _by_name(splits):
     "Lists by their names, of what the user gives."
@@ -226,6 +242,14 @@ def _by_name(splits):
     if not isinstance(shares, str) and len(shares) in (2, 3) and all(isinstance(n, (int, float)) for n in shares):
         return dict(zip(('train', 'val', 'test'), shares))
     raise TypeError(f"splits={splits!r}: give shares, folders or files by name, as in {{'train': .8, 'val': .2}}.")
+
+def _check_names(splits, groups):
+    "Raise for names that no list can have, and for a pattern that is none."
+    for name in splits or ():
+        if re.fullmatch(r'\w[\w. -]*', str(name)): continue
+        raise ValueError(f'{name!r} cannot be the name of a list. Give one such as train or val.')
+    try: re.compile(groups or '')
+    except re.error as e: raise ValueError(f'groups={groups!r}: no regular expression ({e}).') from None
 
 def make_splits(
     items: Sequence[Item],
@@ -236,7 +260,8 @@ def make_splits(
     lists_in: Iterable[Path] = (),  # folders where the source may have lists
 ) -> tuple[dict[str, list[str]], str]:  # list -> ids, and where they come from
     "Which images are for training, and which are to be asked about."
-    if splits := _by_name(splits):
+    _check_names(splits := _by_name(splits), groups)
+    if splits:
         if all(isinstance(share, (int, float)) for share in splits.values()):
             return _by_chance(items, splits, seed, groups), f'by chance, seed {seed}'
         return {name: _named(items, name, chosen) for name, chosen in splits.items()}, 'as given'

@@ -89,8 +89,12 @@ _LISTS = '_classes.csv', 'labelmap.txt', 'label_colors.txt', 'class_dict.csv', '
 def _found_list(masks, photos):
     "A list of classes near the masks, or None."
     near = dict.fromkeys((masks, masks.parent, photos, photos.parent))
-    found = [folder/name for folder in near for name in _LISTS if (folder/name).is_file()]
-    return next(iter(found or sorted(file for name in _LISTS for file in masks.glob(f'*/{name}'))), None)
+    found = [folder/name for folder in near for name in _LISTS if (folder/name).is_file()][:1]
+    found = found or next(filter(None, (sorted(masks.glob(f'*/{name}')) for name in _LISTS)), [])
+    for other in found[1:]:
+        if read_entries(other) == read_entries(found[0]): continue
+        raise ValueError(f'{found[0]} and {other} name other classes. Make them alike, or remove one of them.')
+    return found[0] if found else None
 
 def _inner(source, name):
     "A folder of a VOC tree, where the tree itself is given."
@@ -194,20 +198,30 @@ def drawn_upright(
 def _draw(task, legend, ground):
     size, _ = drawn_upright(task.photo, task.source)
     where = f'{task.source.where} ({task.source.photo})'
-    return task.source.draw(size, lambda label: legend.index_of(label, where), ground)
+    try:
+        with np.errstate(invalid='raise'): return task.source.draw(size, lambda o: legend.index_of(o, where), ground)
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as e:
+        if str(task.source.where) in str(e): raise
+        raise ValueError(f'{where}: an outline cannot be drawn ({e}). Mend or delete it, or export it again.') from e
 
 # %% ../nbs/engine/plans.ipynb #86813c6d
+def _renamed(mapping):
+    "Labels that a mapping gives the name of another class."
+    return {old for old, new in mapping.items() if isinstance(new, str)} - {*mapping.values()}
+
 def _label_legend(labels, meaning):
     "What the labels of outlines mean, and what the user should know of it."
-    said, notes, nothing = list(meaning.classes or []), [], {'__ignore__', *(n for n in labels if n.lower() == 'void')}
+    said, notes = list(meaning.classes or []), []
+    nothing = {'__ignore__', *(name for name in (*labels, *said) if name.lower() == 'void')}
     if not said:
-        said = [label for label in labels if label not in (*meaning.void, *nothing, '_background_')]
+        said = [label for label in labels if label not in _renamed(meaning.mapping) | {'_background_'}]
+        first = [name for name in said if name.lower().strip('_- ') == 'background'][:1]
         if meaning.background and background_class(said) != 0:
-            said = ['background', *(name for name in said if name != 'background')]
+            said = [*(first or ['background']), *(name for name in said if name not in first)]
     elif meaning.background and said[0] in labels and background_class(said) != 0:
         said = ['background', *said]
         notes = ["class 0 is 'background', which no outline covers; background=False makes that void instead"]
-    vocab = [name for name in said if name not in meaning.void]
+    vocab = [name for name in said if name not in meaning.void and name not in nothing]
     check_vocab(vocab)
     own = {**dict.fromkeys(nothing, VOID), '_background_': 0 if meaning.background else VOID}
     own |= {name: index for index, name in enumerate(vocab)}

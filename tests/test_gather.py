@@ -548,7 +548,7 @@ def test_a_tree_inside_the_folder_of_its_photos(tmp_path):
 
 @pytest.mark.parametrize('kwargs, why', [({'classes': None}, 'Give classes=[...]'), ({'classes': 'cup'}, 'no such file. Give a list'), ({'classes': ['cup']}, '1 classes, need 2 to 255'),
     ({'classes': ['a', 'a']}, "'a'"), ({'classes': ['a', 'b\nc']}, 'cannot be a name'), ({'mapping': {0: 'cups'}}, "leads to 'cups'"), ({'splits': {'train': .9, 'val': .2}}, 'make 1 together'),
-    ({'splits': {'train': 'nowhere', 'val': 'here'}}, 'no folder of images'), ({'splits': {'train': ['a'], 'val': ['zz']}}, "'zz'"), ({'groups': 'z+'}, 'groups='), ({'colours': [(0, 0)] * 2}, 'is no colour')])
+    ({'splits': {'train': 'nowhere', 'val': 'here'}}, 'no folder of images'), ({'splits': {'train': ['a'], 'val': ['zz']}}, "'zz'"), ({'groups': 'z+'}, 'groups='), ({'groups': '('}, 'no regular expression'), ({'splits': {'../val': ['a']}}, 'cannot be the name of a list'), ({'colours': [(0, 0)] * 2}, 'is no colour')])
 def test_arguments(tmp_path, kwargs, why): refused(tmp_path, why, *pairs(tmp_path), **kwargs)
 
 
@@ -611,7 +611,61 @@ def test_command(tmp_path, capsys):
     assert all_are(tmp_path/'tree', shape * VOID) and 'lists by chance' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('words, said', [(['--splits', 'train'], "'train' lacks its half"), (['--seed', 'x'], 'invalid int'), (['--classes', 'a'], '1 classes'), ([], 'Give --classes a,b,c')])
+def labelme_file(root, name, *shapes):
+    "A photo, and outlines of it"
+    photo(root/f'{name}.jpg')
+    shapes = [{'label': label, 'points': points, 'shape_type': 'polygon'} for label, points in shapes]
+    (root/f'{name}.json').write_text(json.dumps({'imagePath': f'{name}.jpg', 'shapes': shapes}))
+
+
+@pytest.mark.parametrize('points', [[[float('nan'), 5], *corners[1:]], [[5], *corners[1:]]], ids=['NaN', 'cut'])
+def test_outlines_that_cannot_be_drawn(tmp_path, points):
+    for name in 'ab': labelme_file(tmp_path/'in', name, ('cup', points if name == 'b' else corners))
+    refused(tmp_path, 'b.json (b.jpg): an outline cannot be drawn', tmp_path/'in', tmp_path/'in', classes=None)
+
+
+def test_labels_that_are_renamed_or_void_are_no_classes(tmp_path):
+    for name in 'ab': labelme_file(tmp_path/'in', name, ('Cup' if name == 'b' else 'cup', corners), ('VOID', [[0, 0], [4, 0], [4, 4], [0, 4]]))
+    expected = shape.copy()
+    expected[:4, :4] = VOID
+    for i, kwargs in enumerate(({'classes': None}, {'classes': ['background', 'cup', 'Void']})):
+        tree = voc_gather(tmp_path/str(i), tmp_path/'in', tmp_path/'in', mapping={'Cup': 'cup'}, progress=False, splits=.5, **kwargs)
+        assert all_are(tree, expected) and voc_classes(tree) == ['background', 'cup']
+
+
+def test_void_in_a_list_that_the_user_gives(tmp_path):
+    (tmp_path/'codes.txt').write_text('ground\nVoid\nthing\n')  # as CamVid's
+    tree = gather(tmp_path, *pairs(tmp_path, lambda f: mask(f, shape + 1)), classes=tmp_path/'codes.txt')
+    assert all_are(tree, np.where(shape, 1, VOID)) and voc_classes(tree) == ['ground', 'thing']
+
+
+def test_a_list_for_validation_alone(tmp_path):
+    sources = pairs(tmp_path/'CamVid', photos='images/{}.jpg', masks='labels/{}_P.png')
+    (tmp_path/'CamVid/valid.txt').write_text('b.jpg\n')
+    tree = gather(tmp_path, *sources, splits=None)
+    assert [voc_ids(tree, split) for split in ('train', 'val')] == [['a', 'c'], ['b']]
+
+
+def test_lists_of_one_export_that_contradict_each_other(tmp_path):
+    for split, name in (('train', 'cat'), ('valid', 'dog')):
+        pairs(tmp_path/'in', photos=split + '/{}.jpg', masks=split + '/{}_mask.png')
+        (tmp_path/f'in/{split}/_classes.csv').write_text(f'Pixel Value, Class\n0, background\n1, {name}\n')
+    refused(tmp_path, 'name other classes', tmp_path/'in', tmp_path/'in', classes=None, splits=None)
+
+
+@pytest.mark.parametrize('endings', [('_0', '_1'), ('_mask', '_mask_1'), ('', '_1')], ids=str)
+def test_numbered_masks_of_one_photo(tmp_path, endings):
+    sources = pairs(tmp_path, masks='masks/{}' + endings[0] + '.png')
+    mask(tmp_path/f'masks/b{endings[1]}.png')
+    refused(tmp_path, 'one for each object?', *sources)
+
+
+def test_keys_that_no_file_holds_are_said(tmp_path, capsys):
+    gather(tmp_path, *pairs(tmp_path), void=7)
+    assert '7: in mapping or void, but in no file; these hold 0, 1' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, said', [(['--splits', 'train'], "'train' lacks its half"), (['--seed', 'x'], 'invalid int'), (['--classes', 'a'], "--classes 'a': no such file"), ([], 'Give --classes a,b,c')])
 def test_command_says_one_line(tmp_path, capsys, words, said):
     assert command(tmp_path/'tree', *pairs(tmp_path), *words) == 2
     error = capsys.readouterr().err

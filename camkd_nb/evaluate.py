@@ -47,20 +47,26 @@ def network_input(
     return ((x - mean) / std).to(like.dtype)
 
 # %% ../nbs/engine/evaluate.ipynb #ad2d6e51
+def _known(logits):
+    "Logits of which none is NaN, whose largest class would be any."
+    if not logits.isnan().any(): return logits
+    raise ValueError('the network answers NaN: its weights or statistics are not finite, perhaps since its training '
+                     'diverged, or float16 is too narrow for it. Train or load it anew')
+
 def _logits(model, x, read):
     "Logits of one input (1, 3, h, w), which is filled up to sides that 32 divides where the network needs it."
     (height, width), failures = x.shape[-2:], (RuntimeError, ValueError, AssertionError)
     try: answer = model(x)
     except torch.OutOfMemoryError: raise
     except failures as error: first = error
-    else: return logits_of(answer, read).float()
+    else: return _known(logits_of(answer, read).float())
     filled = F.pad(x, (0, -width % 32, 0, -height % 32))  # zero is the mean colour
     try: answer = model(filled)
     except failures as error:
         raise ValueError(f'the network fails on an input of {height}×{width} pixels, and filled up to '
                          f'{filled.shape[-2]}×{filled.shape[-1]}: {error}. If it takes one size only, such as 224, '
                          'give size=224, pad=True') from first
-    return resize(logits_of(answer, read).float(), filled.shape[-2:])[..., :height, :width]
+    return resize(_known(logits_of(answer, read).float()), filled.shape[-2:])[..., :height, :width]
 
 # %% ../nbs/engine/evaluate.ipynb #b6ce8c66
 def _view_logits(model, image, size, pad, mirrored, read):
@@ -85,7 +91,7 @@ def _check_views(model, size, scales):
     "Raise unless there is a network, and sizes to see photos at."
     if not isinstance(model, nn.Module):
         raise TypeError(f'{type(model).__name__} is no network: give an nn.Module, for example learn.model')
-    if size is not None and size < 1:
+    if size is not None and not (isinstance(size, (int, np.integer)) and size >= 1):
         raise ValueError(f'size={size}: give the pixels of the longer side, or None for the native size')
     if not isinstance(scales, (tuple, list)) or not scales or not all(o > 0 for o in scales):
         raise ValueError(f'scales={scales!r}: give multiples of the size, for example (0.75, 1, 1.25)')
@@ -110,14 +116,16 @@ def _photos_in(folder):
 def _segment_folder(segment, folder, out, progress):
     "Write the mask of each photograph in a folder; `segment` makes one."
     if out is None: raise ValueError(f'{folder} is a folder: give out=, the folder that its masks are to be in')
-    if Path(out).exists() and any(Path(out).iterdir()): raise ValueError(f'{out} holds files: give a new folder')
+    out = Path(out).expanduser()
+    if out.is_file() or out.exists() and any(out.iterdir()):
+        raise ValueError(f'{out} {"is a file" if out.is_file() else "holds files"}: give a new folder')
     files = _photos_in(folder)
     with whole_folder(out) as draft:
         for file in progress_bar(files, leave=False) if progress else files:
             target = draft/file.relative_to(folder).with_suffix('.png')
             target.parent.mkdir(parents=True, exist_ok=True)
             write_mask(segment(file), target)
-    return Path(out)
+    return out
 
 # %% ../nbs/engine/evaluate.ipynb #ea033a2b
 def predict(
@@ -138,8 +146,8 @@ def predict(
         image = read_photo(one)
         with eval_mode(model), torch.no_grad():
             return _classes(_segment(model, image, size, pad, flip, scales, output))
-    if isinstance(photo, (str, Path)) and Path(photo).is_dir():
-        return _segment_folder(_mask_of, Path(photo), out, progress)
+    if isinstance(photo, (str, Path)) and (folder := Path(photo).expanduser()).is_dir():
+        return _segment_folder(_mask_of, folder, out, progress)
     if out is not None: raise ValueError("out= is for a folder: save a mask with write_mask(predict(...), 'mask.png')")
     return _mask_of(photo)
 
@@ -163,7 +171,7 @@ def _read_pair(files, n_classes):
 # %% ../nbs/engine/evaluate.ipynb #96f3dfb5
 def _results_folder(save_to, tree, split):
     "The folder of a submission, as VOC's development kit lays it out: new or empty."
-    folder = Path(save_to)/'results'/tree/'Segmentation'/f'comp6_{split}_cls'
+    folder = Path(save_to).expanduser()/'results'/tree/'Segmentation'/f'comp6_{split}_cls'
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f'{folder} holds files: remove them, or give another save_to')
     return folder

@@ -120,10 +120,11 @@ def _array(values, where):
 
 # %% ../nbs/engine/photos.ipynb #bf567dda
 def read_photo(
-    photo: Any,  # file, PIL image, bytes of a file, or array or tensor: (H, W), (H, W, C) or (C, H, W), 0..255 or 0..1
+    photo: Any,  # file, its bytes, PIL image, or array or tensor: (H, W), (H, W, C) or (C, H, W), 0..255 or 0..1
 ) -> np.ndarray:  # RGB, uint8, (H, W, 3)
     "The pixels of a photograph as it is shown; a `ValueError` or `TypeError` for what is not surely one."
-    if isinstance(photo, (str, Path)): return to_rgb(open_picture(photo), photo)
+    if isinstance(photo, (str, Path)): return to_rgb(open_picture(Path(photo).expanduser()), photo)
+    if callable(getattr(photo, 'read', None)): photo = photo.read()
     if isinstance(photo, bytes): return to_rgb(open_picture(BytesIO(photo)), 'the photo')
     if isinstance(photo, Image.Image): return to_rgb(photo, getattr(photo, 'filename', '') or 'the photo')
     if isinstance(photo, np.ndarray) or hasattr(photo, 'detach'): return _array(photo, 'the photo')

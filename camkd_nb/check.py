@@ -134,6 +134,7 @@ def _never_held(vocab, counts, listed) -> Iterator[tuple[str, str]]:
     if len(held) < 2 and counts[:, VOID].any():
         what += (f'Are these masks of two values, with the objects saved as {VOID}? That means void, which is never '
                  f'learned. Write the objects as 1: `voc_gather(..., mapping={{{VOID}: 1}})`.')
+    elif listed not in NAME_FILES: what += 'There is no classes.txt, so names are those of VOC. Write yours into one.'
     else: what += (f'Look where these classes were lost. Names at the end of {listed} can be taken out; names before '
                    'others cannot, since numbers follow the order.')
     yield (listed if listed in NAME_FILES else 'SegmentationClass'), what
@@ -222,8 +223,10 @@ def _measured(pairs):
 def _names_of(root):
     "Where the class names are from, and what is wrong with that."
     files = [name for name in NAME_FILES if (root/name).is_file()]
-    others = [name for name in files[1:] if read_names(root/name) != read_names(root/files[0])]
-    notes = [(name, f'its class names are not those of {files[0]}, which count. Remove one.') for name in others]
+    notes: list[tuple[str, str]] = []
+    read = {name: noted(notes, name, read_names, root/name) for name in files[1:]}
+    others = [name for name, names in read.items() if names not in (None, read_names(root/files[0]))]
+    notes += [(name, f'its class names are not those of {files[0]}, which count. Remove one.') for name in others]
     return (files[0] if files else "VOC, since there is no classes.txt"), notes
 
 def _only_background(pair, vocab):

@@ -66,10 +66,23 @@ def split_lists(
 # %% ../nbs/engine/lists.ipynb #7ac8a1c4
 NAME_FILES = 'classes.txt', 'class_names.txt', 'labelmap.txt', 'labels.txt'  # the first that is there counts
 
+def _bare(name):
+    "A name without the comma after it and the quotes around it, which other formats have."
+    name = name.rstrip(',; ')
+    return name[1:-1].strip() if len(name) > 2 and name[0] == name[-1] and name[0] in '"\'' else name
+
+def _refuse_others(names, file):
+    "Raise for lines that are more than names."
+    line = next((name for name in names if re.match(r'- |\W*names\W*:|[\[{]', name)
+                 or re.search(r'(\d+[\s,]+){2}\d+$', name)), names[0] if len(names) == 1 else '')
+    if line: raise ValueError(f'{file}: {line!r} is no class name in a line of its own. Write one name a line, in the '
+                              'order of the indices, and nothing else; colours belong to voc_gather(..., colours=...).')
+
 def _names(file):
-    names = [line for _, line in text_lines(file)]
+    names = [_bare(line) for _, line in text_lines(file)]
     if Path(file).name == 'labelmap.txt': names = [name.split(':')[0].strip() for name in names]
     names = names[1:] if names[:1] == ['__ignore__'] else names
+    _refuse_others(names, file)
     numbered = [re.fullmatch(r'(\d+)[\s:,;]+(\S.*)', name) for name in names]
     if not all(numbered): return names
     if [int(match[1]) for match in numbered if match] == list(range(len(names))): return [m[2] for m in numbered if m]

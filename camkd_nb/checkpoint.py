@@ -71,9 +71,9 @@ def _set_random_state(state):
     random.setstate((python[0], tuple(python[1]), python[2]))
     np.random.set_state(tuple(legacy)), torch.set_rng_state(torch_state.cpu())
 
-def _fit_state(learn, settings):
+def _fit_state(learn, settings, began):
     scaler = getattr(learn, 'scaler', None)
-    return dict(epoch=learn.epoch, settings=settings, train_iter=learn.train_iter, random=_random_state(),
+    return dict(epoch=learn.epoch, settings=settings, began=began, train_iter=learn.train_iter, random=_random_state(),
                 model=unwrapped(learn.model).state_dict(), opt=_plain(_optimiser(learn).state_dict()),
                 scaler=scaler.state_dict() if scaler else {}, callbacks=_callbacks_state(learn),
                 passes=[getattr(dl, 'passes', 0) for dl in _loaders(learn)])
@@ -103,7 +103,9 @@ def _trained(learn, scheduled):
     fixed = [{k: v for k, v in hypers.items() if isinstance(v, (int, float)) and k not in scheduled}
              for hypers in learn.opt.hypers]
     groups = enumerate(zip(learn.opt.param_lists, fixed))
-    return {'frozen parameters': f'{len(frozen)} {fingerprint(frozen)}' if frozen else 0,
+    usual = {'wd_bn_bias': False, 'train_bn': True}
+    special = {name: getattr(learn, name) for name in usual if getattr(learn, name) != usual[name]}
+    return {**special, 'frozen parameters': f'{len(frozen)} {fingerprint(frozen)}' if frozen else 0,
             **{f'group {i}': {'tensors': len(group), **settings} for i, (group, settings) in groups}}
 
 # %% ../nbs/engine/checkpoint.ipynb #cd0c70a8
@@ -221,17 +223,25 @@ def _read(file, device):
     if isinstance(state, dict) and {'epoch', 'settings', 'model', 'opt', 'callbacks'} <= set(state): return state
     raise ValueError(f'{file} is no checkpoint of a fit: remove it, or give another file')
 
+def _say_resumed(checkpoint, learn, state):
+    "A line about what is gone on with, and a word where it began elsewhere."
+    here, checkpoint.began = {checkpoint.began, getattr(learn, '_began', None)}, state.get('began', checkpoint.began)
+    if learn.logger is noop: return
+    other = '' if checkpoint.began in here else (f', which began with other weights than this fit: if that has another '
+                                                 f'seed or start, remove {checkpoint.where}')
+    print(f'going on after epoch {state["epoch"]} of {checkpoint.file.name}{other}')
+
 def _resume(checkpoint, learn):
     "Go on where a killed fit left off, if there is one; the epoch to begin with."
     checkpoint.where = learn.path / learn.model_dir / checkpoint.file
     checkpoint.where.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.settings = _settings(learn)
+    checkpoint.settings, checkpoint.began = _settings(learn), _weights(unwrapped(learn.model))
     if not checkpoint.where.exists(): return 0
     state = _read(checkpoint.where, next(learn.model.parameters()).device)
     _check_settings(checkpoint.where, state['settings'], checkpoint.settings)
     _check_shapes(checkpoint.where, learn, state)
     _restore(learn, state)
-    if learn.logger is not noop: print(f'going on after epoch {state["epoch"]} of {checkpoint.file.name}')
+    _say_resumed(checkpoint, learn, state)
     return state['epoch'] + 1
 
 # %% ../nbs/engine/checkpoint.ipynb #3a11e758
@@ -242,7 +252,7 @@ class Checkpoint(Attached):
     def __init__(self,
         file: str | Path = 'checkpoint.pth',  # relative to `learn.path`/`learn.model_dir`; removed when the fit ends
     ) -> None:
-        self.file, self.start = Path(file), 0
+        self.file, self.start = Path(file).expanduser(), 0
 
     def joined(self, learn: Learner) -> None: learn._do_fit = partial(_epochs_from, self)
     def left(self, learn: Learner) -> None: vars(learn).pop('_do_fit', None)
@@ -250,12 +260,15 @@ class Checkpoint(Attached):
     def before_fit(self) -> None:
         "Go on where a killed fit left off, if there is one."
         self.run, self.start = fitting(self.learn) and not hasattr(self.learn, 'lr_finder'), 0
-        if self.run: self.start = _resume(self, self.learn)
+        if not self.run: return
+        self.start = _resume(self, self.learn)
+        self.learn._began = self.began  # of this learner, should it be interrupted and fitted again
 
     def after_epoch(self) -> None:
         "Keep all that the fit needs."
         if rank_distrib(): return
-        with whole_file(self.where, sync=True) as draft: save_tensors(_fit_state(self.learn, self.settings), draft)
+        state = _fit_state(self.learn, self.settings, self.began)
+        with whole_file(self.where, sync=True) as draft: save_tensors(state, draft)
 
     def after_fit(self) -> None:
         "The fit is over: nothing to go on with."

@@ -71,6 +71,7 @@ other = {  # a fit, another one, and what the error says
     'epochs': ({}, dict(epochs=4), 'epochs: 3 where this fit has 4'),
     'learning rate': ({}, dict(lr=2e-2), 'schedule, lr'),
     'weight decay': ({}, dict(wd=.3), 'wd: 0.01 where this fit has 0.3'),
+    'decay of biases': ({}, dict(wd_bn_bias=True), 'wd_bn_bias: nothing where this fit has True'),
     'optimiser': ({}, dict(opt_func=SGD), 'optimiser: fastai.optimizer.Adam'),
     'partial optimiser': (dict(opt_func=partial(OptimWrapper, opt=torch.optim.Adam)), dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), 'optimiser, opt'),
     'network': ({}, dict(net=Net(drop=.5)), 'network: Net'),
@@ -165,6 +166,20 @@ def test_one_learner_goes_on_in_one_process(tmp_path, tree):
         with pytest.raises(ZeroDivisionError): fit(learn, Fails(epoch), **cbs)
     fit(learn, **cbs)
     assert len(learn.recorder.values) == 3
+
+
+def test_another_start_is_said(tmp_path, tree, capsys):
+    "A fit without a seed may go on; it is told where what it goes on with began, and a learner that is fitted again knows"
+    def started(learn, *cbs):
+        with learn.no_bar(): learn.fit_one_cycle(3, 1e-2, cbs=[*cbs, Checkpoint()])
+    learn = learner(tmp_path, tree)
+    for epoch in (1, 2):
+        with pytest.raises(ZeroDivisionError): started(learn, Fails(epoch))
+    assert 'going on after epoch 0 of checkpoint.pth\n' in capsys.readouterr().out
+    other = Net()
+    nn.init.zeros_(other.head.weight)
+    started(learner(tmp_path, tree, other))
+    assert f'which began with other weights than this fit: if that has another seed or start, remove {tmp_path}' in capsys.readouterr().out
 
 
 def test_other_images_under_the_same_names_are_other_data(tmp_path, tree):

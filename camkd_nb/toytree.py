@@ -35,7 +35,11 @@ def toy_settings(
 # %% ../nbs/engine/toytree.ipynb #8e80b4a1
 def _lost(tree: Path, settings: Mapping[str, int]) -> Iterator[str]:
     "The images and masks that are not there, or empty."
-    ids = [f'{split}_{i:06d}' for split, n in zip(SPLITS, ('n_train', 'n_valid')) for i in range(settings[n])]
+    lists = {s: [f'{s}_{i:06d}' for i in range(settings[n])] for s, n in zip(SPLITS, ('n_train', 'n_valid'))}
+    ids = sum(lists.values(), [])
+    for split, listed in {**lists, 'trainval': ids}.items():
+        file = tree / f'ImageSets/Segmentation/{split}.txt'
+        if not file.is_file() or file.read_text().split() != listed: yield f'lines of {file.relative_to(tree)}'
     for folder, suffix in (('JPEGImages', '.jpg'), ('SegmentationClass', '.png')):
         found = os.scandir(tree / folder) if (tree / folder).is_dir() else ()
         whole = {file.name for file in found if file.stat().st_size}

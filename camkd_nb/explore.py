@@ -14,8 +14,7 @@ from html import escape
 from io import BytesIO
 
 import ipywidgets as widgets
-import numpy as np
-import torch
+import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from .asking import Distance
 from .classes import Classes, common_classes
 from .events import Eventful
 from .explain import explain_classes
-from .groups import fitting, same_gradients
+from .groups import same_gradients
 from .inputs import named_terms
 from .losses import ClassAttention
 from .methods import MapMethod
@@ -41,16 +41,17 @@ class Distill(Eventful):
         if not isinstance(teacher, nn.Module):
             raise TypeError(f'the teacher is a {type(teacher).__name__}: give a trained torch.nn.Module')
         self.teacher, self.terms, self.show_teacher, self.beta = teacher, named_terms(terms), show_teacher, beta
-        self.reading = dict(student_output=student_output, teacher_output=teacher_output, classes=common_classes(classes))
+        self.reading = dict(student_output=student_output, teacher_output=teacher_output,
+                            classes=common_classes(classes))
         self.unlabelled, self.answers = None if unlabelled is None else Unlabelled(unlabelled), confident(confidence)
         self.renew()
 
-    def before_fit(self) -> None: fitting(self.learn) and self.begin_fit()
+    def before_fit(self) -> None: self.begin_fit()
     def before_train(self) -> None: self.begin_epoch()
     def after_loss(self) -> None: self.add_terms()
     def after_backward(self) -> None: same_gradients(self.distiller.parameters())
     def after_train(self) -> None: self.end_epoch()
-    def after_fit(self) -> None: fitting(self.learn) and self.end_fit()
+    def after_fit(self) -> None: self.end_fit()
 
 # %% ../nbs/07_distill.ipynb #01dadf8b
 class CAMDistill(Distill):

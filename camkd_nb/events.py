@@ -226,11 +226,11 @@ def _end_fit(distill):
 # %% ../nbs/engine/events.ipynb #4a400afc
 class Eventful(Joined):
     "What is done at each point of a fit, and what can be read from it."
-    def begin_fit(self) -> None: _begin_fit(self)
+    def begin_fit(self) -> None: fitting(self.learn) and _begin_fit(self)
     def begin_epoch(self) -> None: _begin_epoch(self)
     def add_terms(self) -> None: _add_terms(self, self.learn)
     def end_epoch(self) -> None: _end_epoch(self)
-    def end_fit(self) -> None: _end_fit(self)
+    def end_fit(self) -> None: fitting(self.learn) and _end_fit(self)
 
     @property
     def weights(self) -> dict[str, float]:

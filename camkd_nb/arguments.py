@@ -134,6 +134,7 @@ def check_arguments(
     args: argparse.Namespace,
 ) -> None:
     "Raise a `ValueError` that names the first argument with which nothing can come of it."
+    if args.data == '': raise ValueError("--data '': give the folder of a VOC tree, or leave --data out")
     _check_numbers(args)
     if args.device is not None: _check_device(args.device)
     _check_out(args.out)

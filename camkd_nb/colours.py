@@ -43,10 +43,10 @@ def _table_rows(lines):
     if at['name'] is None or len(header) < 2: return None
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines[1:])]
     channels = [at[what] for what in ('red', 'green', 'blue')]
-    def entry(row):
+    def _entry(row):
         return Entry(row[at['name']], None if None in channels else tuple(int(row[c]) for c in channels),
                      None if at['value'] is None else int(row[at['value']]))
-    return [entry(row) for row in rows]
+    return [_entry(row) for row in rows]
 
 def _line_entry(line):
     "The entry of a line without a header."
@@ -277,7 +277,7 @@ def mask_legend(
     check_vocab(vocab)
     rows = list(entries) if coloured or classes is None else [Entry(name) for name in names]
     keys = {row.name: row.colour if coloured else i if row.value is None else row.value for i, row in enumerate(rows)}
-    def as_key(said):
+    def _as_key(said):
         if isinstance(said, np.integer): said = int(said)
         if said in keys: return keys[said]
         if said == '*' or not coloured: return said
@@ -285,4 +285,4 @@ def mask_legend(
     own: dict[Hashable, int] = {(224, 224, 192) if coloured else VOID: VOID}  # VOC's cream
     own |= {keys[row.name]: vocab.index(row.name) for row in rows if row.name in vocab}
     lost = [key for name, key in keys.items() if name in dropped or name.lower() == 'void']
-    return make_legend(vocab, own, {as_key(old): new for old, new in mapping.items()}, [*map(as_key, void), *lost])
+    return make_legend(vocab, own, {_as_key(old): new for old, new in mapping.items()}, [*map(_as_key, void), *lost])

@@ -223,11 +223,11 @@ def _parser():
 # %% ../nbs/engine/gather.ipynb #cbdc6e23
 def _in_words_of_the_command(text):
     "An error of `voc_gather` with arguments as the command writes them."
-    def assigned(found): return f'--{found[1]} ' + _quoted(re.sub("[' ]", '', found[2]).replace(':', '='))
-    def as_hex(found): return '#' + ''.join(f'{min(int(c), 255):02x}' for c in found.groups())
+    def _assigned(found): return f'--{found[1]} ' + _quoted(re.sub("[' ]", '', found[2]).replace(':', '='))
+    def _as_hex(found): return '#' + ''.join(f'{min(int(c), 255):02x}' for c in found.groups())
     text = re.sub(r'colours=\[.*?\]', "--colours '#000000,#800000,...'", text)
-    text = re.sub(r'\((\d+), (\d+), (\d+)\)', as_hex, text)
-    text = re.sub(r'(mapping|splits)=\{(.*?)\}', assigned, text)
+    text = re.sub(r'\((\d+), (\d+), (\d+)\)', _as_hex, text)
+    text = re.sub(r'(mapping|splits)=\{(.*?)\}', _assigned, text)
     text = text.replace('void=[...]', '--void KEYS')
     text = re.sub(r"void=\[?'?(.*?)'?\]?(?=[.; ])", lambda found: '--void ' + _quoted(found[1]), text)
     for old, new in (('classes=[...]', '--classes a,b,c'), ('partial=True', '--partial'),

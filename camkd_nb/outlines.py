@@ -176,14 +176,14 @@ def _coco_object(file, annotation):
     if not isinstance(code, dict):
         rings = [code] if not isinstance(code[0], list) else code
         return lambda size: [polygon_part([ring], size) for ring in rings if len(ring) >= 6]
-    def runs(size):
+    def _runs(size):
         shape, counts = tuple(code['size']), code['counts']
         if shape != size[::-1]:
             raise ValueError(f'{file}: annotation {number} is for {shape[1]}×{shape[0]} pixels, its photo has '
                              f'{size[0]}×{size[1]}. Bring the photos that were annotated.')
         try: return [(0, 0, runs_mask(counts, shape, 'F') if isinstance(counts, list) else _compressed(counts, shape))]
         except ValueError as e: raise ValueError(f'{file}: annotation {number}: {e}') from e
-    return runs
+    return _runs
 
 def _coco(file, data):
     "Sheets and labels of a COCO file."
@@ -236,7 +236,7 @@ def _cvat_sheet(file, image):
                              'no area. Outline it as a polygon, or delete it.')
     found.sort(key=lambda element: int(element.get('z_order', 0)))
     outlines = [Outline(e.attrib['label'], partial(_cvat_parts, e.tag, e.attrib)) for e in found]
-    size = {name: int(image.get(name, 0)) for name in ('width', 'height')}
+    size = {name: int(float(image.get(name, 0))) for name in ('width', 'height')}
     return Sheet(image.attrib['name'], _size(size), file, outlines, split=image.get('subset'))
 
 def _cvat(file, root):
@@ -286,7 +286,8 @@ def read_annotation(
     if file.suffix.lower() not in ('.json', '.xml'): read, seen = None, f'a file {file.suffix or "without suffix"}'
     else: read, seen = _kind(content := _parsed(file))
     if read is None: raise ValueError(f'{file}: {seen} is no known annotation. Known are {KINDS}, and folders of '
-                                      'masks. Unpack an archive first, or export in another format.')
+                                      'masks. Unpack an archive first, or export in another format; a file of '
+                                      'something else beside annotations has to be moved away.')
     try: return read(file, content)
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise ValueError(f'{file}: cut or changed, an entry lacks {e}. Export it again.') from e

@@ -76,8 +76,8 @@ def _common_tail(stems):
 
 def _refuse_numbered(end, tails, pattern):
     "Raise where a photo has numbered masks, of which one would be taken and the others lost."
-    def base(tail): return re.sub(r'[_\-. ]\d+$', '', tail)
-    more = sorted({tail for tail, _ in tails if tail != end and base(tail) == base(end)})
+    def _base(tail): return re.sub(r'[_\-. ]\d+$', '', tail)
+    more = sorted({tail for tail, _ in tails if tail != end and _base(tail) == _base(end)})
     if more: raise ValueError(
         f'photos have several masks, which end in {first_few([end or "nothing", *more], 3)}: one for each object? Draw '
         f"those of a photo into one mask, or say which are meant: masks='{pattern}/**/*{end}.png'.")
@@ -161,14 +161,14 @@ def _looked_up(items):
         path = PurePosixPath(item.name)
         names = item.id, item.name, path.name, path.stem, path.with_suffix('').as_posix()
         for name in names: known[name].add(item.id)
-    def look(line):
+    def _look(line):
         for text in (line, line.split()[0]):
             path = PurePosixPath(text.replace('\\', '/'))
             tries = [text, *('/'.join(path.parts[i:]) for i in range(len(path.parts))), path.stem]
             for name in tries:
                 if len(known.get(name, ())) == 1: return next(iter(known[name]))
         return None
-    return look
+    return _look
 
 def listed_ids(
     items: Sequence[Item],

@@ -168,7 +168,7 @@ def _finder(base, photos):
     known = defaultdict(list)
     for file in photos:
         for name in {file.as_posix(), file.name, file.stem}: known[name].append(file)
-    def find(sheet):
+    def _find(sheet):
         path = PurePosixPath(sheet.photo)
         for name in (path.as_posix(), path.name, path.stem):
             files = known.get(name, [])
@@ -179,7 +179,7 @@ def _finder(base, photos):
                                                  'Give the folder that is meant.')
         beside = sheet.where.parent/sheet.photo
         return beside if beside.is_file() else embedded_photo(sheet.where)
-    return find
+    return _find
 
 # %% ../nbs/engine/plans.ipynb #d9841c91
 def drawn_upright(
@@ -255,10 +255,10 @@ def _all_sheets(files):
 
 def _names(found, base):
     "What the photos are called below their folder, if they lie there."
-    def name(sheet, photo):
+    def _name(sheet, photo):
         below = isinstance(photo, Path) and photo.is_relative_to(base)
         return photo.relative_to(base).as_posix() if below else sheet.photo
-    names = [name(*pair) for pair in found]
+    names = [_name(*pair) for pair in found]
     twice = [name for name, n in Counter(names).items() if n > 1]
     if not twice: return names
     files = ' and '.join(str(sheet.where) for (sheet, _), name in zip(found, names) if name == twice[0])

@@ -91,10 +91,10 @@ def _failure(outputs, inputs):
 def _inputs_of_layers(model, x):
     "path -> positional and named arguments that a layer got."
     given: dict[str, tuple] = {}
-    def note(path, module, args, kwargs): given.setdefault(path, (args, kwargs))
+    def _note(path, module, args, kwargs): given.setdefault(path, (args, kwargs))
     with ExitStack() as hooks, torch.no_grad():
         for path, module in model.named_modules():
-            hooks.callback(module.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(_note, path), with_kwargs=True).remove)
         model(x)
     return given
 

@@ -130,12 +130,12 @@ def _checked_layers(term, layers):
 def _counted(call):
     "A `__call__` that a subclass wrote itself, and the counting that it may lack."
     @wraps(call)
-    def counted(self, step):
+    def _counted(self, step):
         before = self.calls
         value = call(self, step)
         self.calls = max(self.calls, before + 1)
         return value
-    return counted
+    return _counted
 
 # %% ../nbs/engine/terms.ipynb #fa7c547b
 class Term(FitModule):

@@ -286,8 +286,7 @@ def read_annotation(
     if file.suffix.lower() not in ('.json', '.xml'): read, seen = None, f'a file {file.suffix or "without suffix"}'
     else: read, seen = _kind(content := _parsed(file))
     if read is None: raise ValueError(f'{file}: {seen} is no known annotation. Known are {KINDS}, and folders of '
-                                      'masks. Unpack an archive first, or export in another format; a file of '
-                                      'something else beside annotations has to be moved away.')
+                                      'masks. Unpack an archive, export in another format, or move away what is none.')
     try: return read(file, content)
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise ValueError(f'{file}: cut or changed, an entry lacks {e}. Export it again.') from e

@@ -665,6 +665,20 @@ def test_keys_that_no_file_holds_are_said(tmp_path, capsys):
     assert '7: in mapping or void, but in no file; these hold 0, 1' in capsys.readouterr().out
 
 
+def test_another_file_beside_annotations(tmp_path):
+    for name in 'ab': labelme_file(tmp_path/'in', name, ('cup', corners))
+    (tmp_path/'in/about.json').write_text('{"author": "me"}')
+    refused(tmp_path, 'about.json: JSON with author is no known annotation', tmp_path/'in', tmp_path/'in', classes=None)
+
+
+def test_cvat_sizes_with_a_point(tmp_path):
+    for name in 'ab': photo(tmp_path/f'in/{name}.jpg')
+    outline = '<polygon label="thing" points="' + ';'.join(f'{x},{y}' for x, y in corners) + '"/>'
+    images = ''.join(f'<image name="{name}.jpg" width="{W}.0" height="{H}.0">{outline}</image>' for name in 'ab')
+    (tmp_path/'all.xml').write_text(f'<annotations>{images}</annotations>')
+    assert all_are(gather(tmp_path, tmp_path/'in', tmp_path/'all.xml', splits=.5), shape)
+
+
 @pytest.mark.parametrize('words, said', [(['--splits', 'train'], "'train' lacks its half"), (['--seed', 'x'], 'invalid int'), (['--classes', 'a'], "--classes 'a': no such file"), ([], 'Give --classes a,b,c')])
 def test_command_says_one_line(tmp_path, capsys, words, said):
     assert command(tmp_path/'tree', *pairs(tmp_path), *words) == 2

@@ -23,7 +23,7 @@ from .colours import as_colour, as_list, check_vocab, first_few, read_entries, r
 from .explain import Parser
 from .files import fingerprint, locked_folder, whole_folder
 from .outlines import Sheet
-from .pairs import make_splits
+from .pairs import base_of, make_splits
 from .photos import open_picture, to_rgb
 from .plans import Meaning, annotation_files, drawn_upright, header_of, plan_masks, plan_outlines
 from .voc import write_mask
@@ -134,6 +134,12 @@ def _class_names(classes):
     return [name for name in names if name != '__ignore__']
 
 # %% ../nbs/engine/gather.ipynb #64c9722e
+def _apart(dest, images):
+    "Where the tree is to be, which is not around the photos."
+    dest = Path(dest).expanduser().absolute()
+    if not base_of(images)[0].absolute().is_relative_to(dest): return dest
+    raise ValueError(f'{dest} holds the photos: give another folder for the tree')
+
 def _meaning(images, masks, classes, colours, mapping, void, background):
     "What the user says; a `TypeError` for what cannot be meant."
     for name, source in (('images', images), ('masks', masks)):
@@ -163,7 +169,7 @@ def voc_gather(
 ) -> Path:  # the tree
     "Make a VOC tree of photos and masks or annotations of other kinds, whole or not at all."
     meaning = _meaning(images, masks, classes, colours, mapping, void, background)
-    dest, options = Path(dest).expanduser().absolute(), dict(splits=splits, groups=groups, seed=seed, link=link)
+    dest, options = _apart(dest, images), dict(splits=splits, groups=groups, seed=seed, link=link)
     files = annotation_files(masks)
     plan = plan_outlines(images, files, dest, meaning) if files else plan_masks(images, masks, dest, meaning)
     mark = _mark(plan, (str(images), str(masks), meaning, partial, options))

@@ -58,6 +58,13 @@ def test_names_of_classes_nobody_has(tmp_path):
     assert 'labels.txt: its class names are not those of classes.txt' in problems(tmp_path)[0]
 
 
+def test_a_second_list_of_names_that_cannot_be_read(tmp_path):
+    "Training does not read it"
+    root = make_tree(tmp_path)
+    (root / 'labels.txt').write_text('1 thing\n2 cup\n')
+    only(root, 'labels.txt: the numbers before the names are not 0, 1, 2')
+
+
 def test_a_class_that_only_validation_has(tmp_path):
     root = make_tree(tmp_path)
     for id in 'ab': save_mask(root / f'SegmentationClass/{id}.png', shape * 0)

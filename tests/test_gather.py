@@ -679,6 +679,12 @@ def test_cvat_sizes_with_a_point(tmp_path):
     assert all_are(gather(tmp_path, tmp_path/'in', tmp_path/'all.xml', splits=.5), shape)
 
 
+@pytest.mark.parametrize('where', ['', 'photos'])
+def test_the_tree_is_not_made_around_its_photos(tmp_path, where):
+    images, masks = pairs(tmp_path)
+    with pytest.raises(ValueError, match='holds the photos'): voc_gather(tmp_path/where, images, masks, classes=['ground', 'thing'], progress=False)
+
+
 @pytest.mark.parametrize('words, said', [(['--splits', 'train'], "'train' lacks its half"), (['--seed', 'x'], 'invalid int'), (['--classes', 'a'], "--classes 'a': no such file"), ([], 'Give --classes a,b,c')])
 def test_command_says_one_line(tmp_path, capsys, words, said):
     assert command(tmp_path/'tree', *pairs(tmp_path), *words) == 2

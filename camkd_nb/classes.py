@@ -48,9 +48,9 @@ def matched_names(
 def _checked_pairs(given):
     "Indices as plain numbers."
     for side, indices in (('teacher', given.keys()), ('student', given.values())):
-        wrong = next((n for n in indices if isinstance(n, bool) or not isinstance(n, Integral) or n < 0), None)
-        if wrong is None: continue
-        raise ValueError(f'classes holds {wrong!r} as a class of the {side}: give indices, 0 or more, '
+        wrong = [n for n in indices if isinstance(n, bool) or not isinstance(n, Integral) or n < 0]
+        if not wrong: continue
+        raise ValueError(f'classes holds {wrong[0]!r} as a class of the {side}: give indices, 0 or more, '
                          'as in classes={teacher class: student class}')
     return {int(theirs): int(ours) for theirs, ours in given.items()}
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .explain import explain_classes
-from .layouts import (SIZES, Layout, Tap, blank, from_maps, layouts, strides, tensor_in, to_maps, unreadable,
-                              with_tensor)
+from .layouts import (SIZES, Layout, Tap, blank, check_order, from_maps, layouts, strides, tensor_in, to_maps,
+                              unreadable, with_tensor)
 from .tensors import eval_mode, unknown_name
 
 # %% ../nbs/engine/layers.ipynb #e4a3e15b
@@ -151,11 +151,11 @@ def _lay_out(tensor, readings):
     return maps, tensor.clone()  # an in-place layer behind the tap changes the clone
 
 # %% ../nbs/engine/layers.ipynb #10872150
-def _shapes(model, modules, x, also=()):
-    "The shapes of some layers' outputs for a batch, and the grids that other modules had given before each."
-    shapes, grids, before = {}, set(), {}
+def _outputs(model, modules, x, also=()):
+    "What some layers give for a batch, and the grids that other modules had given before each."
+    outputs, grids, before = {}, set(), {}
     def note(path: str, module: nn.Module, inputs: tuple, output: object) -> None:
-        shapes[path], before[path] = tuple(tensor_in(output, path).shape), set(grids)
+        outputs[path], before[path] = tensor_in(output, path), set(grids)
     def note_grid(module: nn.Module, inputs: tuple, output: Tensor) -> None: grids.add(tuple(output.shape[-2:]))
     handles = [m.register_forward_hook(partial(note, path), prepend=True) for path, m in modules.items()]
     handles += [m.register_forward_hook(note_grid) for m in also]
@@ -163,13 +163,13 @@ def _shapes(model, modules, x, also=()):
         with undisturbed(model, x), torch.no_grad(): model(x)
     finally:
         for handle in handles: handle.remove()
-    return shapes, before
+    return outputs, before
 
 def _elsewhere(model, modules, like, size):
-    "The shapes for an image of another size; None where the network takes none."
+    "What they give for an image of another size; None where the network takes none."
     for other in SIZES:
         if size is None or size[0] * other[1] == size[1] * other[0] or size[0] == other[0]: continue
-        try: return other, _shapes(model, modules, blank(model, other, like))[0]
+        try: return other, _outputs(model, modules, blank(model, other, like))[0]
         except Exception: continue
     return None
 
@@ -186,7 +186,7 @@ def _agree(caught, path, other, shape):
 def _of_one_size(model, modules, like, caught):
     "For networks of one size: the readings whose grid a convolution had before."
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    try: before = _shapes(model, modules, blank(model, tuple(like.shape[-2:]), like), convolutions)[1]
+    try: before = _outputs(model, modules, blank(model, tuple(like.shape[-2:]), like), convolutions)[1]
     except Exception: return {}
     return {path: [r for r in c.maps if r.kind == 'tokens' and r.grid in before.get(path, ())]
             for path, c in caught.items()}
@@ -201,10 +201,13 @@ def settle(
     "Find the one reading of each layer, by a second image; a `ValueError` where that is not enough."
     there = _elsewhere(model, modules, like, tuple(like.shape[-2:]))
     found = _of_one_size(model, modules, like, caught) if there is None else {
-        path: _agree(c, path, there[0], there[1][path]) for path, c in caught.items() if path in there[1]}
+        path: _agree(c, path, there[0], tuple(there[1][path].shape)) for path, c in caught.items() if path in there[1]}
     for path, c in caught.items():
         holds = found.get(path, [])
         if len(holds) != 1: raise unreadable(torch.empty(c.shape, device='meta'), path, None, c.size)
+        if holds[0].kind == 'tokens':
+            def run(x: Tensor) -> Tensor: return _outputs(model, {path: modules[path]}, x)[0][path]
+            check_order(holds[0], path, run, blank(model, tuple(like.shape[-2:]), like))
         _kinds.setdefault(model, {})[str(path)] = holds[0].kind, holds[0].prefix
         c.maps, c.sure = {holds[0]: c.maps[holds[0]]}, True
 

@@ -7,7 +7,7 @@ __all__ = ['Tap']
 
 # %% ../nbs/engine/layouts.ipynb #ab3d303b
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -200,3 +200,32 @@ def blank(
     x = torch.randn(2, first_width(model) if like is None else like.shape[1], *size,
                     generator=torch.Generator().manual_seed(0))
     return x.to(known.device, known.dtype)
+
+# %% ../nbs/engine/layouts.ipynb #730991ed
+def _changed(like, grid):
+    "An image, and others that differ from it at one place each, (1 + P, C, H, W); the places, (P, 2)."
+    (h, w), (H, W) = grid, like.shape[-2:]
+    places = list(dict.fromkeys([(0, w - 1), (h - 1, 0), (h // 4 * 2 + 1 if h > 1 else 0, 0), (h // 3, w - 1)]))
+    images = like[:1].repeat(1 + len(places), 1, 1, 1)
+    for image, (i, j) in zip(images[1:], places):
+        inside = slice(i * H // h, (i + 1) * H // h), slice(j * W // w, (j + 1) * W // w)
+        image[:, *inside] = like[1][:, *inside]
+    return images, torch.tensor(places)
+
+def check_order(
+    reading: Layout,  # of tokens
+    tap: str,  # the layer
+    run: Callable[[Tensor], Tensor],  # from images to the layer's tokens, (B, N, K)
+    like: Tensor,  # two images, (2, C, H, W)
+) -> None:
+    "Raise a `ValueError` where tokens do not stand row by row."
+    images, places = _changed(like, reading.grid)
+    tokens = run(images)[:, reading.prefix:].detach().float().cpu()
+    change = (tokens[1:] - tokens[:1]).norm(dim=2)
+    if not change.isfinite().all() or not change.any(): return
+    most, w = (change - change.mean(0)).argmax(1), reading.grid[1]
+    near = ((torch.stack([most // w, most % w], 1) - places).abs() <= 1).all(1)
+    if 2 * near.sum().item() > len(places): return
+    raise ValueError(f'layer {tap!r} gives tokens that do not stand row by row, as places of an image: windows, '
+                     'columns, or a class token at the end; tap the block around it. Where you know better, '
+                     f'say so: Tap({str(tap)!r}, prefix={reading.prefix})')

@@ -48,8 +48,10 @@ def has_weights(
 ) -> bool:  # of its own, not in its parts
     "Whether a module is a convolution, a linear layer or the like."
     if isinstance(module, torch.jit.ScriptModule): return any(p.ndim > 1 for p in module.parameters())
-    weight = module._parameters.get('weight')
-    return weight is not None and weight.ndim > 1
+    own = dict(module._parameters)
+    normed = module._modules.get('parametrizations')  # weights that are computed, as by spectral_norm
+    if normed is not None: own |= dict(normed.named_parameters())
+    return any(name.startswith('weight') and p is not None and p.ndim > 1 for name, p in own.items())
 
 def floats_in(
     output: object,
@@ -72,12 +74,12 @@ class _Recorder:
         self.root = Call('', model)
         self.open = [self.root]
 
-    def before(self, module, args, kwargs):
+    def _before(self, module, args, kwargs):
         call = Call(self.names[module], module, given=floats_in((args, kwargs)))
         self.open[-1].inside.append(call)
         self.open.append(call)
 
-    def after(self, module, args, kwargs, output):
+    def _after(self, module, args, kwargs, output):
         while self.open[-1].module is not module: self.open.pop()
         _note_output(self.open.pop(), output)
 
@@ -86,9 +88,10 @@ def _run(model, x):
     "The tree of calls in one pass, and what the network returned."
     recorder, handles = _Recorder(model), []
     for module in recorder.names:
-        if module is model: continue
-        handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
-        handles.append(module.register_forward_hook(recorder.after, with_kwargs=True))
+        if module is model or (isinstance(module, torch.jit.RecursiveScriptModule) and not has_weights(module)):
+            continue  # such an activation takes no hooks
+        handles.append(module.register_forward_pre_hook(recorder._before, with_kwargs=True))
+        handles.append(module.register_forward_hook(recorder._after, with_kwargs=True))
     try:
         with undisturbed(model, x), torch.enable_grad(): return recorder.root, model(x.clone().requires_grad_())
     finally:
@@ -107,6 +110,22 @@ def behind(
         seen.add(node)
         todo += [before for before, _ in node.next_functions if before is not None]
     return seen
+
+def ahead(
+    ends: Iterable[Tensor],
+    start: object,  # the graph node that made a tensor
+) -> set:  # of graph nodes, `start` among them
+    "All on the way from a tensor to what was computed from it."
+    users: dict[object, list] = {}
+    for node in behind(ends):
+        for before, _ in node.next_functions: users.setdefault(before, []).append(node)
+    found, todo = set(), [start]
+    while todo:
+        node = todo.pop()
+        if node in found: continue
+        found.add(node)
+        todo += users.get(node, [])
+    return found
 
 def _logits(output):
     try: return [logits_of(output)]

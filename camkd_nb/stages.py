@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .explain import explain_classes
 from .layers import Taps, find_layers, undisturbed, unwrapped
 from .layouts import Tap
-from .probes import Call, Record, accepted, behind, has_weights, probe
+from .probes import Call, Record, accepted, ahead, behind, has_weights, probe
 
 # %% ../nbs/engine/stages.ipynb #3b84e8e9
 BACKBONES = 'backbone', 'encoder', 'trunk', 'body'
@@ -80,22 +80,35 @@ def _mixes_scales(call):
     return has('AdaptiveAvgPool', 'Mean', 'AdaptiveMaxPool', 'AvgPool') and (
         has('Upsample') or (has('Expand') and not has('Bmm')))
 
-def _without_head(steps):
+def _in_head(call, node): return any(HEADS.search(name) for name in call.path[len(node.path):].lower().split('.'))
+
+def _without_head(steps, node):
     last = max((i for i, call in enumerate(steps) if call.weights()), default=0)
-    kept = [call for call in steps[:last] if not HEADS.search(_name(call))]
+    kept = [call for call in steps[:last] if not _in_head(call, node)]
     return [call for call in kept if not _mixes_scales(call)] or kept
 
 # %% ../nbs/engine/stages.ipynb #5843cdc1
 IDLE = nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten
 
+WEIGHTED = 'Convolution', 'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'MkldnnLinear'
+
+def _is_answer(call, record):
+    "Whether a layer gives logits: as many channels, and no weights between them and the network's."
+    if call.output.shape[1] not in {z.shape[1] for z in record.logits}: return False
+    return not any(node.name().startswith(WEIGHTED) for node in ahead(record.logits, call.output.grad_fn)
+                   if node is not call.output.grad_fn)
+
+def _backbone_steps(record):
+    node, headed = find_backbone(record)
+    steps = list(_steps(node)) or [node]
+    return steps if headed else _without_head(steps, node)
+
 def backbone_layers(
     record: Record,
 ) -> list[Call]:  # in the order of the forward pass
     "The layers of the backbone that can stand for a stage."
-    node, headed = find_backbone(record)
-    steps = list(_steps(node)) or [node]
-    return [call for call in (steps if headed else _without_head(steps))
-            if call.layout and call.on_way and call.runs == 1 and not isinstance(call.module, IDLE)]
+    return [call for call in _backbone_steps(record) if call.layout and call.on_way and call.runs == 1
+            and not isinstance(call.module, IDLE) and not _is_answer(call, record)]
 
 def _ends(layers):
     "The last layer of each stage, up to the coarsest: a stage is a run of layers of one grid and width."
@@ -116,11 +129,21 @@ def _settled(model, call, batch):
     return Tap(call.path, layout='channels_last') if reading.kind == 'channels_last' else Tap(
         call.path, prefix=reading.prefix)
 
+def _is_stem(record, call, refused):
+    "Whether more of the backbone comes behind a layer, in an order of places that nobody knows."
+    steps = _backbone_steps(record)
+    i = steps.index(call) + 1
+    unread = [c for c in steps[i:] if c.on_way and (c.layout is None or c in refused)]
+    return bool(unread) and sum(c.weights() for c in unread) >= sum(c.weights() for c in steps[:i])
+
 def _chosen(model, record, n):
     found: list[str] = []
+    refused: list[Call] = []
     for call in reversed(_ends(backbone_layers(record))):
         path = _settled(model, call, accepted(model))
-        if path is not None: found.insert(0, path)
+        if path is None: refused.append(call)
+        elif not found and _is_stem(record, call, refused): break
+        else: found.insert(0, path)
         if len(found) == n: break
     return found
 
@@ -128,15 +151,30 @@ def _shown(call, record):
     return (f'  {call.path!r}: shape {tuple(call.output.shape)}, '
             f'stride {record.size[0] / call.layout.grid[0]:.3g}')
 
+def _repeated(record):
+    "What to do where every layer runs several times."
+    runs = max((c.runs for c in record.root.all() if c.layout and c.on_way), default=1)
+    return '  none' if runs == 1 else (f'  none that runs once: in one pass they run {runs} times, as with flipped '
+                                       'images or several scales. Give the network inside, which runs once')
+
 def _unsure(model, n, record):
     ends = {t.shape[1] for t in record.logits}
     calls = [c for c in record.root.all() if c.layout and c.on_way and c.runs == 1 and c.path.count('.') < 4]
-    listed = '\n'.join(_shown(call, record) for call in calls[-30:])
-    inner = [c for c in calls if c.output.shape[1] not in ends]
+    listed = '\n'.join(_shown(call, record) for call in calls[-30:]) or _repeated(record)
+    inner = [c for c in calls if c.output.shape[1] not in ends and not _in_head(c, record.root)]
     likely = min(reversed(inner), key=lambda c: c.layout.grid).path if inner else 'path.of.a.layer'
     return ValueError(f'{type(model).__name__} shows no {n} stages of a backbone: name its layers yourself, '
                       f'as in layers=[{likely!r}]. For images of {record.size[0]} × {record.size[1]} pixels, on the '
-                      f'way to the logits, it has\n{listed or "  none"}')
+                      f'way to the logits, it has\n{listed}')
+
+# %% ../nbs/engine/stages.ipynb #329fb511
+def _check_scripted(model):
+    scripted = next((name for name, part in model.named_modules()
+                     if isinstance(part, torch.jit.RecursiveScriptModule) and has_weights(part)), None)
+    if scripted is None and not isinstance(model, torch.jit.ScriptModule): return
+    what = f'part {scripted!r} of the network' if scripted else 'the network'
+    raise TypeError(f'{what} is a TorchScript program, where no layer can be tapped: '
+                    'give the network it was made from, or use terms without layers')
 
 # %% ../nbs/engine/stages.ipynb #4b7c55eb
 def last_stages(
@@ -147,9 +185,7 @@ def last_stages(
 ) -> list[str]:  # n dotted paths, or a `Tap` each where the layout has to be said; the last stage last
     "The last layers of the final `n` stages of a network's backbone, up to its coarsest, all on the way to the logits."
     model = unwrapped(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError('the network is a TorchScript program, where no layer can be tapped: '
-                        'give the network it was made from, or use terms without layers')
+    _check_scripted(model)
     record = probe(model, x)
     found = _chosen(model, record, n)
     if not found and record.size[0] != record.size[1] and x is None:

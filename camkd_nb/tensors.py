@@ -119,6 +119,13 @@ def logits_of(
 # %% ../nbs/engine/tensors.ipynb #88e5d8c2
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+def _last_step(z):
+    "What made probabilities of logits (B, C, H, W), and what undoes it; nothing where they are logits."
+    if not ((z >= 0) & (z < 1.01)).all(): return None
+    if ((z.sum(1) - 1).abs() < .01).all(): return 'softmax', 'log'
+    vary = (z.amax((0, 2, 3)) > z.amin((0, 2, 3))).all()  # as those of a new classifier of zeros do not
+    return ('sigmoid', 'logit') if vary and (z <= 1).all() else None
+
 def notice_probabilities(
     model: nn.Module,
     logits: Tensor,  # its answer, (B, C, H, W)
@@ -127,10 +134,10 @@ def notice_probabilities(
     pretended = _get_current_dispatch_mode() is not None  # such as FakeTensorMode, which knows no values
     if pretended or model in _looked_at or not logits.numel(): return
     _looked_at.add(model)
-    z = logits.detach().float()
-    if (z >= 0).all() and ((z.sum(1) - 1).abs() < .01).all():
-        warnings.warn(f'{type(model).__name__} returns probabilities, not logits: give a network without its softmax, '
-                      'or a function such as `lambda output: output.log()`', stacklevel=2)
+    step = _last_step(logits.detach().float())
+    if step is None: return
+    warnings.warn(f'{type(model).__name__} returns probabilities, not logits: give a network without its {step[0]}, '
+                  f'or a function such as `lambda output: output.{step[1]}()`', stacklevel=2)
 
 # %% ../nbs/engine/tensors.ipynb #cd2e1778
 @contextmanager

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/engine/unlabelled.ipynb #0b63a6c2
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def photographs(
         inside = Path(source)/'JPEGImages'  # of a VOC tree, whose other pictures are masks
         files = sorted(get_image_files(inside if inside.is_dir() else source))
     else:
-        if not isinstance(source, Iterable):
-            raise TypeError(f'unlabelled={source!r}: give a folder, a list of files, or a DataLoader')
+        if isinstance(source, Tensor) or not isinstance(source, Iterable):
+            raise TypeError(f'unlabelled is a {type(source).__name__}: give a folder, a list of files, or a DataLoader')
         files = [Path(file) for file in source]
     missing = next((file for file in files if not file.is_file()), None)
     if missing: raise ValueError(f'unlabelled: there is no file {str(missing)!r}')
@@ -111,12 +112,12 @@ def confident(
 ) -> Callable[[Tensor], Tensor] | None:  # from the teacher's logits (B, C, H, W) to class indices, (B, H, W)
     "Labels from the teacher's answers, `VOID` where it is not sure."
     if threshold is None: return None
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold < 1:
         raise ValueError(f'confidence={threshold!r}: give a probability, 0 or more and less than 1')
-    def labels(logits: Tensor) -> Tensor:
+    def _labels(logits: Tensor) -> Tensor:
         probability, found = logits.float().softmax(1).max(1)
         return found.masked_fill(probability < threshold, VOID)
-    return labels
+    return _labels
 
 # %% ../nbs/engine/unlabelled.ipynb #6109751d
 explain_classes(globals())

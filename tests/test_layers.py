@@ -265,3 +265,67 @@ def test_a_probe_of_a_shape_comes_once():
         with Taps(net, ['layer']) as taps: net(images(64, 64))
         assert taps.activations['layer'].shape == (2, 8, 8, 8)
     assert len(runs) == 4
+
+
+class Tokens(nn.Module):
+    "A block on tokens that stand in an order of its own"
+    orders = {'rows': lambda t: t.flatten(1, 2), 'columns': lambda t: t.transpose(1, 2).flatten(1, 2),
+              'windows': lambda t: t.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(1, 4),
+              'class token last': lambda t: torch.cat([t.flatten(1, 2), t[:, :1, 0]], 1)}
+    def __init__(self, order):
+        super().__init__()
+        self.patch, self.block, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 16), nn.Conv2d(16, n_classes, 1)
+        self.order = self.orders[order]
+    def forward(self, x):
+        places = self.patch(x).permute(0, 2, 3, 1)
+        tokens = self.block(self.order(places))
+        numbers = torch.arange(places[0, ..., 0].numel()).view(1, *places.shape[1:3], 1)
+        stand = self.order(numbers).flatten()[:numbers.numel()].argsort()
+        return self.head(tokens[:, stand].transpose(1, 2).unflatten(2, places.shape[1:3]))
+
+
+@pytest.mark.parametrize('order', Tokens.orders)
+def test_order_of_tokens(order):
+    "Tokens that do not stand row by row are refused, and no stem takes their place"
+    net, x = Tokens(order), torch.randn(2, 3, 64, 96)
+    if order == 'rows':
+        found, = last_stages(net)
+        assert (found, found.prefix) == ('block', 0)
+        return
+    with Taps(net, ['block']) as taps: net(x)
+    with pytest.raises(ValueError, match='do not stand row by row'): taps.activations
+    with pytest.raises(ValueError, match='shows no 1 stages'): last_stages(net)
+
+
+class SequenceFirst(nn.Module):
+    "Blocks on (N, B, K), which no tap reads"
+    def __init__(self):
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 16, 8, 8), nn.Conv2d(16, n_classes, 1)
+        self.block = nn.TransformerEncoderLayer(16, 2, 16)
+    def forward(self, x):
+        y = self.patch(x)
+        return self.head(self.block(y.flatten(2).permute(2, 0, 1)).permute(1, 2, 0).unflatten(2, y.shape[2:]))
+
+
+def test_stem_before_blocks_that_cannot_be_read():
+    with pytest.raises(ValueError, match='shows no 1 stages'): last_stages(SequenceFirst())
+
+
+def test_scripted_parts():
+    net = nn.Sequential(OrderedDict(backbone=nn.Conv2d(3, 8, 4, 4), act=nn.ReLU(), head=nn.Conv2d(8, n_classes, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        net.act = torch.jit.script(net.act)
+        assert last_stages(net)[0] == 'backbone'
+        net.backbone = torch.jit.script(net.backbone)
+    with pytest.raises(TypeError, match="part 'backbone' of the network is a TorchScript"): last_stages(net)
+
+
+@pytest.mark.parametrize('change', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_computed_weights(change):
+    "A backbone whose convolutions have no weight of their own is found"
+    net = toy_student()
+    for part in list(net.modules()):
+        if isinstance(part, nn.Conv2d): change(part)
+    assert last_stages(net) == last_stages(toy_student())

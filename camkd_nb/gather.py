@@ -134,7 +134,7 @@ def _class_names(classes):
     return [name for name in names if name != '__ignore__']
 
 # %% ../nbs/engine/gather.ipynb #64c9722e
-def _apart(dest, images):
+def _apart(dest, images) -> Path:
     "Where the tree is to be, which is not around the photos."
     dest = Path(dest).expanduser().absolute()
     if not base_of(images)[0].absolute().is_relative_to(dest): return dest

@@ -178,7 +178,7 @@ def read_foreign(
 def _nearest(colour, legend):
     listed = [key for key in legend.known if isinstance(key, tuple)]
     near = min(listed, key=lambda key: sum((a - b)**2 for a, b in zip(key, colour)))
-    return f' Nearest is {near}, {_name(legend, near)}.'
+    return near, _name(legend, near)
 
 def _name(legend, key): return 'void' if legend.known[key] == VOID else legend.vocab[legend.known[key]]
 
@@ -186,8 +186,10 @@ def _remedy(key, legend):
     "How to name the class of a key."
     names = f'There are {len(legend.vocab)} classes: {first_few(legend.vocab, 12)}.'
     if isinstance(key, tuple):
-        return (f'colour {key} is not listed.{_nearest(key, legend)} Add it to the colours, '
-                f'or give mapping={{{key}: {legend.vocab[-1]!r}}}; if nobody decided there, void=[{key}].')
+        near, name = _nearest(key, legend)
+        meant = legend.vocab[-1] if name == 'void' else name
+        return (f'colour {key} is not listed. Nearest is {near}, {name}. Add it to the colours, '
+                f'or give mapping={{{key}: {meant!r}}}; if nobody decided there, void=[{key}].')
     if isinstance(key, str):
         near = ''.join(f' Did you mean {name!r}?' for name in difflib.get_close_matches(key, legend.vocab, 1))
         return (f'label {key!r} is no class. {names}{near} Add it to the classes, or give mapping={{{key!r}: '

@@ -39,7 +39,7 @@ class SegLoss(nn.Module):
     ) -> Tensor:  # float32; a scalar, or (B,) where `reduction` is 'none'
         "The loss of the labelled pixels."
         reduction, mask = checked_reduction(self.reduction), labels_of(mask)
-        check = mask.device.type == 'cpu' or not self._checked  # which makes a GPU wait
+        check = mask.device.type == 'cpu' or not self._checked  # a check makes a GPU wait, so there only once
         loss = pixel_loss(pred, mask, self.weight, aux_weight=self.aux_weight, reduction=reduction, check=check)
         self._checked = True
         return loss

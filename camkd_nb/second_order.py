@@ -104,13 +104,13 @@ def _as_leaves(value):
     if isinstance(value, (list, tuple)): return [_as_leaves(v) for v in value]
     return value.detach().clone().requires_grad_().clone() if _tensors(value) else value
 
+@torch.enable_grad()
 def _fails(module, args, kwargs):
     args, kwargs = _as_leaves(args), _as_leaves(kwargs)
     inputs = _tensors([args, kwargs])
-    try:
-        with torch.enable_grad():  # times 1, so that what comes back has a gradient, as it has in the network
-            outputs = [t * torch.ones_like(t, requires_grad=True) for t in _tensors(module(*args, **kwargs))]
-            return _failure(outputs, inputs) is not None
+    try:  # times 1, so that what comes back has a gradient, as it has in the network
+        outputs = [t * torch.ones_like(t, requires_grad=True) for t in _tensors(module(*args, **kwargs))]
+        return _failure(outputs, inputs) is not None
     except Exception: return False  # an input of another kind: no verdict on this layer
 
 # %% ../nbs/engine/second_order.ipynb #38523bbb

@@ -43,7 +43,8 @@ class Distill(Eventful):
         self.teacher, self.terms, self.show_teacher, self.beta = teacher, named_terms(terms), show_teacher, beta
         self.reading = dict(student_output=student_output, teacher_output=teacher_output,
                             classes=common_classes(classes))
-        self.unlabelled, self.answers = None if unlabelled is None else Unlabelled(unlabelled), confident(confidence)
+        self.unlabelled = None if unlabelled is None else Unlabelled(unlabelled)
+        self.answers = confident(confidence, unlabelled)
         self.renew()
 
     def before_fit(self) -> None: self.begin_fit()

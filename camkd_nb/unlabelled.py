@@ -109,11 +109,13 @@ class Unlabelled:
 # %% ../nbs/engine/unlabelled.ipynb #b10cf114
 def confident(
     threshold: float | None,  # lowest probability of the class that is found, 0 to 1; None: any
+    source: Source,  # of the images
 ) -> Callable[[Tensor], Tensor] | None:  # from the teacher's logits (B, C, H, W) to class indices, (B, H, W)
     "Labels from the teacher's answers, `VOID` where it is not sure."
     if threshold is None: return None
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold < 1:
         raise ValueError(f'confidence={threshold!r}: give a probability, 0 or more and less than 1')
+    if source is None: raise ValueError(f'confidence={threshold}: that is for images without labels, give unlabelled as well')
     def _labels(logits: Tensor) -> Tensor:
         probability, found = logits.float().softmax(1).max(1)
         return found.masked_fill(probability < threshold, VOID)

@@ -115,7 +115,8 @@ def confident(
     if threshold is None: return None
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold < 1:
         raise ValueError(f'confidence={threshold!r}: give a probability, 0 or more and less than 1')
-    if source is None: raise ValueError(f'confidence={threshold}: that is for images without labels, give unlabelled as well')
+    if source is None:
+        raise ValueError(f'confidence={threshold}: that is for images without labels, give unlabelled as well')
     def _labels(logits: Tensor) -> Tensor:
         probability, found = logits.float().softmax(1).max(1)
         return found.masked_fill(probability < threshold, VOID)

@@ -714,6 +714,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'camkd_nb.pairs._own_lists': ('engine/pairs.html#_own_lists', 'camkd_nb/pairs.py'),
                                 'camkd_nb.pairs._place': ('engine/pairs.html#_place', 'camkd_nb/pairs.py'),
                                 'camkd_nb.pairs._refuse_numbered': ('engine/pairs.html#_refuse_numbered', 'camkd_nb/pairs.py'),
+                                'camkd_nb.pairs._the_one': ('engine/pairs.html#_the_one', 'camkd_nb/pairs.py'),
                                 'camkd_nb.pairs._the_photo': ('engine/pairs.html#_the_photo', 'camkd_nb/pairs.py'),
                                 'camkd_nb.pairs._with_train': ('engine/pairs.html#_with_train', 'camkd_nb/pairs.py'),
                                 'camkd_nb.pairs.base_of': ('engine/pairs.html#base_of', 'camkd_nb/pairs.py'),

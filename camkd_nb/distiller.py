@@ -104,7 +104,7 @@ def _missed(compiled):
 def _compare(distiller, x, mask, output, activations, terms):
     "Both networks on one batch, as the terms see it."
     read, theirs = distiller.readers
-    logits, mask = read.logits(output), checked_mask(mask, x)
+    logits = read.logits(output)
     check_logits('student', logits, x)
     if len(activations) < len(distiller.paths): raise ValueError(_missed(is_compiled(distiller.given)))
     if isinstance(mask, Tensor): distiller.labels.look(mask, logits.shape[1])
@@ -167,7 +167,7 @@ def _terms_on(distiller, x, mask, output, progress, task):
     distiller.__exit__()  # the terms may run the student again: not through these taps
     activations, distiller._activations, distiller.compared = distiller._activations, {}, None
     weights = {name: term.weight_on(progress, isinstance(mask, Tensor)) for name, term in distiller.terms.items()}
-    checked_mask(mask, x)
+    mask = checked_mask(mask, x)
     if not any(weights.values()): return {}
     _check_call(distiller)
     used = {name: term for name, term in distiller.terms.items() if weights[name]}

@@ -99,19 +99,21 @@ class Pairs:
     photos: list[Path]  # without a mask
     masks: list[Path]  # without a photo
 
+def _the_one(file, candidates, otherwise):
+    "The only candidate, or the only one in the file's place; an error that ends as said where there are more."
+    if len(candidates) > 1: candidates = [one for one in candidates if _place(one) == _place(file)] or candidates
+    if len(candidates) == 1: return candidates[0]
+    raise ValueError(f'{file}: {otherwise.format(first_few(candidates, 3))}')
+
 def _the_photo(mask, candidates):
     "The photo of a mask among those of its name."
-    if len(candidates) > 1: candidates = [photo for photo in candidates if _place(photo) == _place(mask)] or candidates
-    if len(candidates) == 1: return candidates[0]
-    raise ValueError(f'{mask}: photos of this name are in several folders, {first_few(candidates, 3)}. '
-                     'Name the folders of photos and masks alike, or bring them in one by one.')
+    return _the_one(mask, candidates, 'photos of this name are in several folders, {}. '
+                                      'Name the folders of photos and masks alike, or bring them in one by one.')
 
 def _closest(photo, masks):
     "The mask of a photo among those of its name and ending."
-    if len(masks) > 1: masks = [mask for mask in masks if _place(mask) == _place(photo)] or masks
-    if len(masks) == 1: return masks[0]
-    raise ValueError(f'{photo}: several masks have its name, {first_few(masks, 3)}. '
-                     'Say which are meant by a folder or a pattern.')
+    return _the_one(photo, masks, 'several masks have its name, {}. '
+                                  'Say which are meant by a folder or a pattern.')
 
 def make_pairs(
     photos: Sequence[Path],  # relative to their folder

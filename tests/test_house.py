@@ -51,14 +51,14 @@ def test_notebook_is_small(path): assert path.stat().st_size < 1_500_000
 
 
 @over(notebooks)
-def test_page_is_in_the_sidebar(path):
+def test_page_is_in_the_contents(path):
     page = path.relative_to(root/'nbs').as_posix()
-    assert f'- {page}\n' in (root/'nbs/_quarto.yml').read_text(encoding='utf-8')
+    assert f'- {page}\n' in (root/'nbs/contents.yml').read_text(encoding='utf-8')
 
 
 @over(chapters)
 def test_imports_have_cells_of_their_own(path):
-    "nbdev-docs runs every cell that imports, and of the others the exported ones only: code beside an import would miss the rest"
+    "A reader finds what a page imports at once; exported code beside an import is copied with it"
     def mixed(cell):
         imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for tree in cell.parsed_() or [] for node in ast.walk(tree)]
         return any(imports) and not all(isinstance(tree, (ast.Import, ast.ImportFrom)) for tree in cell.parsed_())

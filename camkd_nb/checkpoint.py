@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import CancelEpochException
+from fastai.callback.progress import CSVLogger
 from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib
@@ -59,6 +60,20 @@ def _callbacks_state(learn):
     kept['terms'] = {name: dict(term.state_dict()) for name, term in _terms(learn).items()}
     return kept
 
+# %% ../nbs/engine/checkpoint.ipynb #aab2c3f5
+def _tables(learn): return {name: cb.file for name, cb in _named(learn.cbs).items() if isinstance(cb, CSVLogger)}
+
+def _rows(table):
+    "All that the file of a logger holds."
+    table.flush()
+    return Path(table.name).read_text()
+
+def _put_back(tables, learn):
+    for name, table in _tables(learn).items():
+        if name not in tables: continue
+        table.seek(0), table.truncate()
+        table.write(tables[name]), table.flush()
+
 # %% ../nbs/engine/checkpoint.ipynb #064495a8
 def _random_state():
     legacy: list = list(np.random.get_state())
@@ -74,6 +89,7 @@ def _set_random_state(state):
 def _fit_state(learn, settings, began):
     scaler = getattr(learn, 'scaler', None)
     return dict(epoch=learn.epoch, settings=settings, began=began, train_iter=learn.train_iter, random=_random_state(),
+                tables={name: _rows(table) for name, table in _tables(learn).items()},
                 model=unwrapped(learn.model).state_dict(), opt=_plain(_optimiser(learn).state_dict()),
                 scaler=scaler.state_dict() if scaler else {}, callbacks=_callbacks_state(learn),
                 passes=[getattr(dl, 'passes', 0) for dl in _loaders(learn)])
@@ -238,6 +254,7 @@ def _resume(checkpoint, learn):
     checkpoint.settings, checkpoint.began = _settings(learn), _weights(unwrapped(learn.model))
     if not checkpoint.where.exists(): return 0
     state = _read(checkpoint.where, next(learn.model.parameters()).device)
+    _put_back(state.get('tables', {}), learn)
     _check_settings(checkpoint.where, state['settings'], checkpoint.settings)
     _check_shapes(checkpoint.where, learn, state)
     _restore(learn, state)

@@ -212,3 +212,23 @@ def test_a_term_with_other_parameters_is_refused_before_anything_is_loaded(tmp_p
     for count in (2, 3):
         learn, before, error = run(tmp_path, tree, dict(terms=Many), *([Fails()] if count == 2 else []))
     assert 'does not fit the term hint, more.0: (2,) where this fit has (3,)' in error and torch.equal(state(learn), before)
+
+
+@pytest.mark.parametrize('append', [False, True])
+def test_the_rows_of_a_table_from_before_the_kill_are_kept(tmp_path, tree, append):
+    csv, table = tmp_path/'history.csv', dict(cbs=lambda: [CSVLogger(append=append)])
+    if append: csv.write_text('of an earlier fit\n')
+    run(tmp_path, tree, table, Fails())
+    begun = csv.read_text()
+    run(tmp_path, tree, table)
+    assert csv.read_text().startswith(begun)
+    lines = csv.read_text().splitlines()
+    assert [line.split(',')[0] for line in lines] == ['of an earlier fit'] * append + ['epoch', '0', '1', '2']
+
+
+def test_a_refusal_keeps_the_rows_of_the_table(tmp_path, tree):
+    table = dict(cbs=lambda: [CSVLogger()])
+    run(tmp_path, tree, table, Fails())
+    begun = (tmp_path/'history.csv').read_text()
+    assert 'other settings' in run(tmp_path, tree, {**table, 'lr': 2e-2})[2]
+    assert (tmp_path/'history.csv').read_text() == begun

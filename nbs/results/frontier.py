@@ -2,6 +2,7 @@
 
     python frontier.py run --seeds 5 --out FOLDER           appends a row a training to FOLDER/frontier.csv
     python frontier.py run --seeds 5 --out FOLDER --equal   each form once more, for as many epochs as pixel KD's time allows
+    python frontier.py run --seeds 1 --forms 'pixel KD,channel KD' --keep FOLDER --out FOLDER    these forms, and the students
     python frontier.py table --out FOLDER
 
 The recipe is camkd-demo's. `cpu` counts the seconds of the process on one thread, the loading of the images included; a run
@@ -44,7 +45,9 @@ FORMS = {
 
 def rows_of(file): return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['form', 'seed', 'epochs', 'miou', 'cpu'])
 
-def train(form, seed, epochs, tree, teacher):
+def kept(student): return {key: value.half() if value.is_floating_point() else value for key, value in student.state_dict().items()}
+
+def train(form, seed, epochs, tree, teacher, keep=None):
     "One row: the student's mIoU in points, and the seconds of its training."
     recipe = Recipe(tree, size=64, epochs=epochs, device='cpu')
     set_seed(seed, reproducible=True)
@@ -52,6 +55,7 @@ def train(form, seed, epochs, tree, teacher):
     start = time.process_time()
     fit(student, recipe, seed, cbs=[Distill(teacher, terms)] if terms else [], label=f'{form}, seed {seed}')
     seconds = time.process_time() - start
+    if keep: torch.save(kept(student), keep/f'{form}, {epochs} epochs, seed {seed}.pth')
     return [form, seed, epochs, round(100 * evaluate(student, tree, progress=False).miou, 2), round(seconds, 1)]
 
 def epochs_for_equal_time(rows):
@@ -64,12 +68,15 @@ def run(args):
     torch.set_num_threads(1)
     file, tree, teacher = args.out/'frontier.csv', toy_voc(n_train=400, n_valid=200), toy_teacher(pretrained=True)
     epochs = epochs_for_equal_time(rows_of(file)) if args.equal else dict.fromkeys(FORMS, EPOCHS)
+    if args.keep: args.keep.mkdir(parents=True, exist_ok=True)
+    if args.forms: epochs = {form: n for form, n in epochs.items() if form in args.forms.split(',')}
     for seed in range(args.first, args.seeds):
-        for form, n in epochs.items():
-            rows = rows_of(file)
+        for form in args.forms:
+            if form not in epochs: continue
+            n, rows = epochs[form], rows_of(file)
             near = rows[(rows.form == form) & (rows.seed == seed) & ((rows.epochs != EPOCHS) if args.equal else (rows.epochs == EPOCHS))]
             if len(near): continue
-            row, new = train(form, seed, n, tree, teacher), not file.exists()
+            row, new = train(form, seed, n, tree, teacher, args.keep), not file.exists()
             with open(file, 'a', newline='') as f: csv.writer(f, lineterminator='\n').writerows(([list(rows)] if new else []) + [row])
 
 def table(args):
@@ -86,7 +93,8 @@ def main():
     made = argparse.ArgumentParser()
     add = made.add_argument
     add('what', choices=('run', 'table')), add('--out', type=Path, default=Path('.')), add('--equal', action='store_true')
-    add('--first', type=int, default=0), add('--seeds', type=int, default=5)
+    add('--first', type=int, default=0), add('--seeds', type=int, default=5), add('--forms', nargs='+', default=list(FORMS), choices=FORMS, metavar='FORM')
+    add('--forms', help='some of the forms, with commas; else all'), add('--keep', type=Path, help='folder for the students')
     args = made.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     run(args) if args.what == 'run' else table(args)

@@ -33,14 +33,14 @@ FORMS = {
     'every 2nd batch': attention(every=2),
     'one class': attention(max_classes=1),
     'first order': attention(second_order=False),
-    'every 2nd batch, first order': attention(every=2, second_order=False),
-    'every 2nd batch, one class': attention(every=2, max_classes=1),
+    'every 2nd batch & first order': attention(every=2, second_order=False),
+    'every 2nd batch & one class': attention(every=2, max_classes=1),
     'every 4th batch': attention(every=4),
-    'one class, first order': attention(max_classes=1, second_order=False),
+    'one class & first order': attention(max_classes=1, second_order=False),
     'absent classes too': attention(absent=True, region='all'),
-    'absent classes too, every 2nd batch': attention(absent=True, region='all', every=2),
+    'absent classes too & every 2nd batch': attention(absent=True, region='all', every=2),
     'channel KD + class attention': lambda: [ChannelKD(), ClassAttention(.2)],
-    'channel KD + class attention, every 4th batch': lambda: [ChannelKD(), ClassAttention(.2, every=4)],
+    'channel KD + class attention & every 4th batch': lambda: [ChannelKD(), ClassAttention(.2, every=4)],
 }
 
 def rows_of(file): return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['form', 'seed', 'epochs', 'miou', 'cpu'])
@@ -71,9 +71,8 @@ def run(args):
     if args.keep: args.keep.mkdir(parents=True, exist_ok=True)
     if args.forms: epochs = {form: n for form, n in epochs.items() if form in args.forms.split(',')}
     for seed in range(args.first, args.seeds):
-        for form in args.forms:
-            if form not in epochs: continue
-            n, rows = epochs[form], rows_of(file)
+        for form, n in epochs.items():
+            rows = rows_of(file)
             near = rows[(rows.form == form) & (rows.seed == seed) & ((rows.epochs != EPOCHS) if args.equal else (rows.epochs == EPOCHS))]
             if len(near): continue
             row, new = train(form, seed, n, tree, teacher, args.keep), not file.exists()
@@ -93,7 +92,7 @@ def main():
     made = argparse.ArgumentParser()
     add = made.add_argument
     add('what', choices=('run', 'table')), add('--out', type=Path, default=Path('.')), add('--equal', action='store_true')
-    add('--first', type=int, default=0), add('--seeds', type=int, default=5), add('--forms', nargs='+', default=list(FORMS), choices=FORMS, metavar='FORM')
+    add('--first', type=int, default=0), add('--seeds', type=int, default=5)
     add('--forms', help='some of the forms, with commas; else all'), add('--keep', type=Path, help='folder for the students')
     args = made.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

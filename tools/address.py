@@ -31,3 +31,9 @@ def absolute_links(markdown, url):
         prose = picture.sub(lambda found: f'{found[1]}{file_address(url)}/{found[2]}', prose)
         parts[i] = link.sub(lambda found: f'{found[1]}{url}/blob/main/{found[2]}', prose)
     return ''.join(parts)
+
+
+def site_address(url):
+    "Where the pages of a repository on GitHub are published, with a slash at the end; elsewhere it is not known"
+    found = re.fullmatch(r'https://github\.com/([^/]+)/([^/]+)', url)
+    return f'https://{found[1].lower()}.github.io/{found[2]}/' if found else ''

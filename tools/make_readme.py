@@ -1,7 +1,7 @@
 """Build README.md from nbs/index.ipynb. With --check, write nothing and fail where the two differ.
 
 `#| hide` and `#| include: false` drop a cell, `#| hide_input` and `#| echo: false` its code,
-`#| output: false` its outputs. A figure that a cell draws is left out: a README shows files,
+`#| hide_output` and `#| output: false` its outputs. A figure that a cell draws is left out: a README shows files,
 so save the figure under nbs/images and link it. With a `repository_url` in settings.ini
 there are badges below the title, and a link to Colab behind each notebook in a table.
 """
@@ -13,24 +13,14 @@ from nbconvert import MarkdownExporter
 
 from address import fenced, repository_url
 from colab import colab_link
+from directives import hidden, no_code, no_outputs, split_directives
 
 root = Path(__file__).resolve().parents[1]
 source, target = root/'nbs/index.ipynb', root/'README.md'
 header = '<!-- Generated from nbs/index.ipynb by tools/make_readme.py: edit the notebook, not this file. -->\n\n'
 
-directive_line = re.compile(r'#\s*\|\s*([^\s:]+):?[ \t]*(.*?)[ \t]*(?:\n|$)')
 relative_link = re.compile(r'(\]\(|\b(?:src|href)=")(?![a-z][a-z0-9+.-]*:|[#/])', re.I)
 spare_lines = re.compile(r'\n(?:[ \t]*\n){2,}(?!    )')  # not those inside a cell's output
-
-
-def split_directives(code):
-    "The leading `#| name: value` lines of `code` as a set of pairs, and the code below them"
-    found = set()
-    while match := directive_line.match(code):
-        name, value = match.groups()
-        found.add((name, '' if value == 'true' else value))  # a bare directive is a true one
-        code = code[match.end():]
-    return found, code.lstrip('\n')
 
 
 def is_figure(output): return any(mime.startswith('image/') for mime in output.get('data', {}))
@@ -41,12 +31,12 @@ def shown(cell):
     if cell.cell_type == 'raw': return None
     if cell.cell_type == 'markdown': return cell
     directives, cell.source = split_directives(cell.source)
-    if directives & {('hide', ''), ('include', 'false')}: return None
-    if ('output', 'false') in directives: cell.outputs = []
+    if directives & hidden: return None
+    if directives & no_outputs: cell.outputs = []
     cell.outputs = [output for output in cell.outputs if not is_figure(output)]
-    no_code = not cell.source or directives & {('hide_input', ''), ('echo', 'false')}
-    cell.metadata.transient = {'remove_source': bool(no_code)}
-    return cell if cell.outputs or not no_code else None
+    silent = not cell.source or directives & no_code
+    cell.metadata.transient = {'remove_source': bool(silent)}
+    return cell if cell.outputs or not silent else None
 
 
 def from_root(text):

@@ -25,7 +25,7 @@ from .files import whole_folder
 from .lists import PHOTO_SUFFIXES
 from .metrics import ConfusionMatrix
 from .photos import open_picture, read_photo
-from .tensors import Read, eval_mode, imagenet_stats, logits_of, resize
+from .tensors import Read, check_axes, eval_mode, imagenet_stats, logits_of, resize
 from .trees import check_pair, voc_root
 from .voc import VOID, check_mask, read_image, read_mask, voc_classes, voc_items, write_mask
 
@@ -59,14 +59,15 @@ def _logits(model, x, read):
     try: answer = model(x)
     except torch.OutOfMemoryError: raise
     except failures as error: first = error
-    else: return _known(logits_of(answer, read).float())
+    else: return _known(check_axes(logits_of(answer, read), x.shape[-2:]).float())
     filled = F.pad(x, (0, -width % 32, 0, -height % 32))  # zero is the mean colour
     try: answer = model(filled)
     except failures as error:
         raise ValueError(f'the network fails on an input of {height}×{width} pixels, and filled up to '
                          f'{filled.shape[-2]}×{filled.shape[-1]}: {error}. If it takes one size only, such as 224, '
                          'give size=224, pad=True') from first
-    return resize(_known(logits_of(answer, read).float()), filled.shape[-2:])[..., :height, :width]
+    logits = check_axes(logits_of(answer, read), filled.shape[-2:])
+    return resize(_known(logits.float()), filled.shape[-2:])[..., :height, :width]
 
 # %% ../nbs/engine/evaluate.ipynb #b6ce8c66
 def _view_logits(model, image, size, pad, mirrored, read):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .classes import CommonClasses
 from .explain import explain_classes
 from .layers import unwrapped
-from .tensors import Read, logits_of
+from .tensors import Read, check_axes, logits_of
 from .terms import Step, Term
 from .watch import check_class_count
 
@@ -119,6 +119,8 @@ def check_logits(
 ) -> None:
     "Raise unless there is an answer for each image, of not too many classes."
     check_class_count(logits.shape[1])
+    try: check_axes(logits, x.shape[-2:])
+    except ValueError as error: raise ValueError(f'the {role}: {error}; {role}_output takes such a function') from None
     if len(logits) == len(x): return
     raise ValueError(f'the {role} gives logits of shape {tuple(logits.shape)} for images of shape {tuple(x.shape)}: '
                      'give one answer an image')

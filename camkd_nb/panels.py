@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import class_attention
 from .drawing import Panel, extremes, maximum, overlay_map, overlay_mask, overlay_signed_map
 from .layers import find_layers
-from .tensors import check_images, denormalize, eval_mode, logits_of, resize, unknown_name
+from .tensors import check_axes, check_images, denormalize, eval_mode, logits_of, resize, unknown_name
 from .trees import background_class
 from .voc import VOID, check_mask
 
@@ -76,8 +76,8 @@ def input_for(
 
 def _predict(model, x):
     "Logits at the size of the images, on the CPU, (B, C, H, W)."
-    with eval_mode(model), torch.no_grad(): logits = logits_of(model(input_for(model, x))).float().cpu()
-    return resize(logits, x.shape[-2:])
+    with eval_mode(model), torch.no_grad(): logits = logits_of(model(input_for(model, x)))
+    return resize(check_axes(logits, x.shape[-2:]).float().cpu(), x.shape[-2:])
 
 def predictions(
     models: Mapping[str, nn.Module],  # name -> network

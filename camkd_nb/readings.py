@@ -19,7 +19,7 @@ from .layers import Taps, run_eagerly
 from .regions import Classes, Region, asked_classes, check_labels, region_masks
 from .second_order import check_second_order, twice_differentiable, without_checkpoints
 from .stages import last_stages
-from .tensors import Read, eval_mode, logits_of, notice_probabilities
+from .tensors import Read, check_axes, eval_mode, logits_of, notice_probabilities
 
 # %% ../nbs/engine/readings.ipynb #36ab746e
 @dataclass
@@ -71,7 +71,7 @@ def map_forward(
     "A forward pass in eval mode that records a graph from the first tapped layer on, and no earlier."
     taps = Taps(model, paths, start_graph)
     with _reading_mode(model, second_order):
-        with torch.set_grad_enabled(trains(model, x)), taps: logits = logits_of(model(x), output)
+        with torch.set_grad_enabled(trains(model, x)), taps: logits = check_axes(logits_of(model(x), output), x.shape[-2:])
         missing = [path for path in taps.modules if path not in taps.activations]
         if missing: raise ValueError(f'layer {missing[0]!r} did not run in the forward pass: tap one that does')
         if second_order: check_second_order(model, x, logits, taps.activations)

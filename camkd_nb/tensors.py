@@ -7,7 +7,7 @@ __all__ = ['denormalize', 'logits_of']
 
 # %% ../nbs/engine/tensors.ipynb #c20e01ff
 import difflib, warnings, weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -115,6 +115,24 @@ def logits_of(
     if not isinstance(logits, Tensor): raise _no_logits(output if read is None else logits, read)
     _check_logits(logits)
     return logits if type(logits) is Tensor else logits.as_subclass(Tensor)
+
+# %% ../nbs/engine/tensors.ipynb #34a87b46
+def _fits(places, size):
+    "Whether axes of these lengths are those of an image, up to a rounding of the smaller ones."
+    (h, w), (height, width) = places, size
+    return abs(h * width - w * height) <= 1.5 * max(height, width)
+
+def check_axes(
+    logits: Tensor,  # (B, C, h, w)
+    size: Sequence[int],  # (H, W) of the images that were asked about
+) -> Tensor:  # the same
+    "Raise a `ValueError` where the axes of logits are in another order."
+    channels, h, w = logits.shape[1:]
+    others = {'(B, H, W, C)': ((channels, h), '0, 3, 1, 2'), '(B, C, W, H)': ((w, h), '0, 1, 3, 2')}
+    found = [] if h == w or _fits((h, w), size) else [name for name, (axes, _) in others.items() if _fits(axes, size)]
+    if not found: return logits
+    raise ValueError(f'logits of shape {tuple(logits.shape)} for images of {size[0]}×{size[1]} pixels: this looks like '
+                     f'{found[0]}, give (B, C, H, W), by .permute({others[found[0]][1]})')
 
 # %% ../nbs/engine/tensors.ipynb #88e5d8c2
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()

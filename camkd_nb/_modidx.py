@@ -439,6 +439,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'camkd_nb.gather._quoted': ('engine/gather.html#_quoted', 'camkd_nb/gather.py'),
                                  'camkd_nb.gather._refuse_lost': ('engine/gather.html#_refuse_lost', 'camkd_nb/gather.py'),
                                  'camkd_nb.gather._say_frames': ('engine/gather.html#_say_frames', 'camkd_nb/gather.py'),
+                                 'camkd_nb.gather._say_undecided': ('engine/gather.html#_say_undecided', 'camkd_nb/gather.py'),
                                  'camkd_nb.gather._say_unmet': ('engine/gather.html#_say_unmet', 'camkd_nb/gather.py'),
                                  'camkd_nb.gather._share': ('engine/gather.html#_share', 'camkd_nb/gather.py'),
                                  'camkd_nb.gather._write': ('engine/gather.html#_write', 'camkd_nb/gather.py'),

@@ -110,6 +110,14 @@ def _say_unmet(legend):
     if unmet: print(f'{first_few(unmet, 3)}: in mapping or void, but in no file; these hold '
                     + first_few(sorted(map(str, legend.seen)), 12))
 
+_UNDECIDED = r'void|ignored?|un(labell?ed|known|defined|annotated|decided)|no label|do ?n.?t care'
+
+def _say_undecided(vocab):
+    "A word on classes that are called as if nobody had decided."
+    odd = [name for name in vocab if re.fullmatch(_UNDECIDED, name.strip('_ ').replace('_', ' ').lower())]
+    if odd: print(f'{", ".join(odd)}: a class like the others here. If nobody decided there, void={odd!r} keeps these '
+                  'pixels out of losses and scores')
+
 def _make(dest, plan, mark, options):
     "Write the tree; how many images each list has, and where the lists come from."
     lists, where = make_splits([task.item for task in plan.tasks], options['splits'], seed=options['seed'],
@@ -120,6 +128,7 @@ def _make(dest, plan, mark, options):
         (draft/'gathered.txt').write_text(mark, encoding='utf-8')
     for note in plan.notes: print(note)
     _say_unmet(plan.legend)
+    _say_undecided(plan.legend.vocab)
     if 'by chance' in where: _say_frames([task.item.id for task in plan.tasks], options['groups'])
     print(f'lists {where}')
 

@@ -696,3 +696,15 @@ def test_help_gives_each_default_once(capsys):
     assert command('--help') == 0
     text = capsys.readouterr().out
     assert '(default: )' not in text and text.count('(default: 0)') == 1
+
+
+@pytest.mark.parametrize('name', ['unlabelled', 'Ignore', 'unlabeled', "don't care", 'DontCare', 'unknown'])
+def test_a_class_that_nobody_decided_is_announced(tmp_path, capsys, name):
+    gather(tmp_path, *pairs(tmp_path), classes=['ground', name])
+    assert f'{name}: a class like the others here' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['avoid', 'unknown road', 'care'])
+def test_other_names_are_no_matter(tmp_path, capsys, name):
+    gather(tmp_path, *pairs(tmp_path), classes=['ground', name])
+    assert 'like the others' not in capsys.readouterr().out

@@ -110,7 +110,7 @@ def _say_unmet(legend):
     if unmet: print(f'{first_few(unmet, 3)}: in mapping or void, but in no file; these hold '
                     + first_few(sorted(map(str, legend.seen)), 12))
 
-_UNDECIDED = r'void|ignored?|un(labell?ed|known|defined|annotated|decided)|no label|do ?n.?t care'
+_UNDECIDED = r'void|ignored?|un(labell?ed|known|defined|annotated|decided)|no label|do ?n.?t ?care'
 
 def _say_undecided(vocab):
     "A word on classes that are called as if nobody had decided."

@@ -77,7 +77,7 @@ class Start(nn.Module):
     def forward(self, x):
         if x.ndim == 4: return resize(self.head(self.backbone(self.stem(x))), x.shape[-2:], align_corners=True)
         start, stop, dtype, shape = self.place
-        kept = x[:, start:stop].contiguous().view(getattr(torch, dtype)).view(len(x), *shape)
+        kept = x[:, start:stop].to(torch.uint8).contiguous().view(getattr(torch, dtype)).view(len(x), *shape)
         return resize(self.small_logits(kept), (GRID, GRID), align_corners=True)
 
 PLACES = {}  # 'student' and 'teacher' -> (first byte, end, name of the dtype, shape): set with the pool

@@ -2,6 +2,7 @@
 several trainings run side by side on streams of their own.
 
     python tuned_gpu.py run --out FOLDER --seconds 335    fills the pool, tunes every weight on 80 held-out images, then trains the grid
+    python tuned_gpu.py rows --device cpu --out FOLDER --first 1 --seeds 3 --methods none,channel KD     further rows of the grid, at the tuned weights
     python tuned_gpu.py table --out FOLDER
 
 Networks, photographs and environment variables are those of small_student_gpu.py beside it. tuned_gpu.jsonl holds one line a
@@ -228,7 +229,7 @@ def run_jobs(jobs, pool, teacher, args, device, spare):
             going.remove(one)
             t = one[0]
             miou, classes = score(t.student, pool, 'tune' if t.job['tuning'] else 'val')
-            row = dict(t.job, miou=round(miou, 5), class_iou=classes, values=[round(float(v), 4) for v in t.values], loss=round(float(t.total), 4), eager=t.graph is None)
+            row = dict(t.job, miou=round(miou, 5), class_iou=classes, values=[round(float(v), 4) for v in t.values], loss=round(float(t.total), 4), eager=t.graph is None, device=device.type, seconds=round(t.seconds, 1))
             rows.append(row)
             with open(args.out/'tuned_gpu.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
             del t
@@ -273,9 +274,21 @@ def run(args):
     run_jobs(main_jobs(args, best), pool, teacher, args, device, args.spare)
     table(args)
 
+def known(file): return [json.loads(line) for line in open(file)] if file.exists() else []
+
+def rows(args):
+    "Trainings of the grid at the weights that were tuned (the rows beside this script), each seed's methods one after another; rows that exist are left out."
+    tuned, device = [r for r in known(Path(__file__).with_suffix('.jsonl')) if r['tuning']], torch.device(args.device)
+    best = {m: max((r for r in tuned if r['method'] == m), key=lambda r: r['miou'])['weight'] for m in TRIED}
+    done = {(r['method'], r['seed']) for r in known(args.out/'tuned_gpu.jsonl') if not r['tuning']}
+    jobs = [j for j in main_jobs(args, best) if j['seed'] >= args.first and (j['method'], j['seed']) not in done]
+    if args.methods: jobs = [j for j in jobs if j['method'] in args.methods.split(',')]
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    run_jobs(jobs, load(args, draw_all(args), device), new_teacher().to(device), args, device, args.spare)
+
 def table(args):
-    rows = [json.loads(line) for line in open(args.out/'tuned_gpu.jsonl')]
-    rows = [r for r in rows if not r['tuning']]
+    rows = [r for r in known(args.out/'tuned_gpu.jsonl') if not r['tuning']]
     none = {r['seed']: r for r in rows if r['method'] == 'none'}
     six = lambda r: 100 * sum(r['class_iou'][k] for k in SIX) / len(SIX)
     for m in dict.fromkeys(r['method'] for r in rows):
@@ -286,13 +299,13 @@ def table(args):
 def main():
     made = argparse.ArgumentParser()
     add = made.add_argument
-    add('what', choices=('run', 'table')), add('--out', type=Path, default=Path('.')), add('--work', type=Path, default=Path(tempfile.gettempdir())/'tuned_gpu')
+    add('what', choices=('run', 'rows', 'table')), add('--out', type=Path, default=Path('.')), add('--work', type=Path, default=Path(tempfile.gettempdir())/'tuned_gpu')
     add('--until', type=float, default=0.), add('--seconds', type=float, default=300.), add('--device', default='cuda'), add('--images', type=int, default=None)
     add('--crops', type=int, default=32), add('--more-crops', type=int, default=8), add('--procs', type=int, default=16), add('--eager', action='store_true')
-    add('--side', type=int, default=6), add('--steps', type=int, default=3000), add('--tuning-steps', type=int, default=2000), add('--tuning-seeds', type=int, default=1), add('--seeds', type=int, default=5)
+    add('--side', type=int, default=6), add('--steps', type=int, default=3000), add('--tuning-steps', type=int, default=2000), add('--tuning-seeds', type=int, default=1), add('--seeds', type=int, default=5), add('--first', type=int, default=0), add('--methods', help='with commas; else all')
     add('--share', type=float, default=.6), add('--spare', type=float, default=8.), add('--timed', type=int, default=40)
     args = made.parse_args()
     args.until = args.until or time.time() + args.seconds
-    run(args) if args.what == 'run' else table(args)
+    globals()[args.what](args)
 
 if __name__ == '__main__': main()

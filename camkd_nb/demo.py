@@ -92,10 +92,10 @@ def save_picture(
     recipe: Recipe,
     layers: Mapping[str, str],  # name in `models` -> path of the layer whose maps are shown
 ) -> Path:
-    "Predictions and class attention maps of three validation images, stacked in one picture."
+    "Predictions and signed class attention maps of three validation images, stacked in one picture."
     x, mask = telling_images(models, recipe)
     vocab, file = voc_classes(voc_root(recipe.tree)), Path(file)
-    parts = [_as_image(show_attention(models, x, mask, shown, vocab=vocab)) for shown in (None, layers)]
+    parts = [_as_image(show_attention(models, x, mask, shown, vocab=vocab, signed=bool(shown))) for shown in (None, layers)]
     sheet = PILImage.new('RGB', (max(part.width for part in parts), sum(part.height for part in parts)), 'white')
     for part, top in zip(parts, (0, parts[0].height)): sheet.paste(part, (0, top))
     sheet.save(buffer := io.BytesIO(), picture_format(file))  # to a full disk Pillow would write a part

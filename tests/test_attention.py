@@ -172,12 +172,12 @@ def from_timm(name):
     (from_timm, 'mobilenetv3_small_050', ['backbone.net.blocks.3', 'backbone.net.blocks.5'])])
 def test_works_on_someone_elses_network(make, name, layers):
     model, (x, mask) = random_norms(make(name)).train(), batch(side=64)
-    result = class_attention(model, x, mask, layers, classes=classes)
+    result = class_attention(model, x, mask, layers, classes=list(range(n_classes)))
     assert all(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
     model.eval()
     assert result.logits.shape == (2, n_classes, 64, 64)
     for layer in layers:
-        theirs = torch.stack([by_definition(model, x[1:], mask[1:], layer, c) for c in classes])
+        theirs = torch.stack([by_definition(model, x[1:], mask[1:], layer, c) for c in range(n_classes)])
         assert theirs.max() > 0 and difference(result.maps[layer][1], theirs) < 1e-10
 
 

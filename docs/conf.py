@@ -41,6 +41,7 @@ html_theme_options = {
     'use_download_button': True,
     'use_fullscreen_button': False,
     'show_toc_level': 2,
+    'navbar_start': [], 'navbar_center': [], 'navbar_end': [], 'navbar_persistent': [],  # no bar above the book
     **({'repository_url': url, 'repository_branch': 'main', 'path_to_docs': 'nbs', 'use_repository_button': True, 'use_issues_button': True,
         'use_edit_page_button': True, 'launch_buttons': {'colab_url': 'https://colab.research.google.com'}} if url else {}),
 }

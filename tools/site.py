@@ -38,6 +38,7 @@ def listing(section, pages):
 def by_reading_order():
     "The modules that have public names, in the order of the pages"
     pages = [page for pages in contents().values() for page in pages]
+    if missing := {page_of(module) for module in public_modules()} - {*pages}: raise LookupError(f'not listed in nbs/contents.yml: {sorted(missing)}')
     place = {module: pages.index(page_of(module)) for module in public_modules()}
     return sorted(place, key=place.get)
 
@@ -130,9 +131,9 @@ class Stage:
 
 
 def where(name):
-    "The place of a name in its notebook"
+    "A link to the place of a name in its notebook"
     anchor = site_pages.places(name.page)[name.cell]
-    return f'/{name.page}' + (f'#{anchor}' if anchor else '')
+    return f'Source and tests: [{title(name.page)}](/{name.page}' + (f'#{anchor})' if anchor else ')')
 
 
 minutes_mark = re.compile(r' · (\d+ min)(</a>)')

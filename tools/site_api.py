@@ -43,7 +43,10 @@ class Source:
         "Page and cell id of a line"
         return next(((page, cell) for at, page, cell in reversed(self.cells) if at <= line), ('', ''))
 
-    def code(self, node): return ast.unparse(node) if node is not None else ''
+    def code(self, node):
+        "A node as it is written; in one line, and without the comments that stand in it"
+        if node is None: return ''
+        return ast.get_source_segment(self.text, node) if node.lineno == node.end_lineno else ast.unparse(node)
 
 
 @cache
@@ -76,11 +79,18 @@ def parameters(src, arguments, skip=0):
             for stars, arg, default in found]
 
 
+def bracketed(found, keyword_only=()):
+    "Parameters as a signature has them"
+    parts = [p.name + (f': {p.type}' if p.type else '') + (f' = {p.default}' if p.default else '') for p in found]
+    names = [p.name for p in found]
+    if keyword_only and not any(name[0] == '*' and name[1] != '*' for name in names): parts.insert(names.index(keyword_only[0].arg), '*')
+    return f'({", ".join(parts)})'
+
+
 def signature(src, node, skip=0):
     "What stands between the brackets, and behind the arrow"
-    arguments = node.args
-    if skip: arguments = ast.arguments(**{**{name: getattr(arguments, name) for name in arguments._fields}, 'args': arguments.args[skip:]})
-    return f'({ast.unparse(arguments)})' + (f' -> {src.code(node.returns)}' if node.returns and not (skip and node.name == '__init__') else '')
+    arrow = f' -> {src.code(node.returns)}' if node.returns and node.name != '__init__' else ''
+    return bracketed(parameters(src, node.args, skip), node.args.kwonlyargs) + arrow
 
 
 def result(src, node):
@@ -126,7 +136,7 @@ def class_(src, node):
         if not found.words: found.words = ast.get_docstring(init) or ''
     elif any(mark.startswith('dataclass') for mark in decorators(src, node)):
         found.parameters = fields(src, node)
-        found.signature = '(' + ', '.join(f'{p.name}: {p.type}' + (f' = {p.default}' if p.default else '') for p in found.parameters) + ')'
+        found.signature = bracketed(found.parameters)
     offered = {item.name: item for item in methods if item.name[0] != '_' and ast.get_docstring(item)}  # the last of a name
     found.members = [method(src, item) for item in offered.values()]
     return found
@@ -149,7 +159,7 @@ def describe(module, name):
         if isinstance(node, ast.FunctionDef) and node.name == name: return function(src, node)
         if isinstance(node, ast.ClassDef) and node.name == name: return class_(src, node)
         if name in assigned(node):
-            value = src.code(node.value)
+            value = ast.unparse(node.value)
             return Name(name, 'data', *src.cell(node.lineno), value if len(value) < 200 else '', src.comments.get(node.end_lineno, ''))
 
 
@@ -196,7 +206,7 @@ def entry(found, where, depth=6, owner=''):
     if found.words: lines += [found.words[:1].upper() + found.words[1:], '']
     if found.parameters: lines += table(found.parameters)
     if found.returns and found.returns.meaning: lines += [f'**Returns** {code(found.returns.type)}: {found.returns.meaning}', '']
-    if not owner and found.page: lines += [f'[Explained and tested in the notebook]({where(found)})', '']
+    if not owner and found.page: lines += [where(found), '']
     for member in found.members: lines += entry(member, where, depth - 1, f'{found.name}.')
     return [*lines, fence, '']
 

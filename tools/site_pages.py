@@ -97,11 +97,20 @@ def shown_code(cell, solution):
     new = nbformat.v4.new_code_cell(source, outputs=outputs)
     new.id = cell.id
     if silent: new.metadata.tags = ['remove-input']
-    elif ('code-fold', '') in directives:
-        what = 'a solution' if solution else 'the code'
-        new.metadata.tags = ['hide-cell' if solution else 'hide-input']
-        new.metadata.mystnb = {f'code_prompt_{do}': f'{do.title()} {what}' for do in ('show', 'hide')}
+    elif ('code-fold', '') in directives: fold(new, *(('hide-cell', 'a solution') if solution else ('hide-input', 'the code')))
+    elif only_imports(source): fold(new, 'hide-input', 'the imports')
     return new
+
+
+def fold(cell, tag, what):
+    cell.metadata.tags = [tag]
+    cell.metadata.mystnb = {f'code_prompt_{do}': f'{do.title()} {what}' for do in ('show', 'hide')}
+
+
+def only_imports(source):
+    "Imports and nothing else; what is not plain Python, a line for the shell for example, is no import"
+    try: return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
+    except SyntaxError: return False
 
 
 def shown(page, relink):

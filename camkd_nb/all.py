@@ -36,6 +36,7 @@ from . import models as _models
 from . import pool as _pool
 from . import published as _published
 from . import rivals as _rivals
+from . import runtime as _runtime
 from . import samples as _samples
 from . import stages as _stages
 from . import study as _study
@@ -68,6 +69,7 @@ from .models import *
 from .pool import *
 from .published import *
 from .rivals import *
+from .runtime import *
 from .samples import *
 from .stages import *
 from .study import *
@@ -87,6 +89,7 @@ __all__ += _toyvoc.__all__
 __all__ += _samples.__all__
 __all__ += _data.__all__
 __all__ += _tensors.__all__
+__all__ += _runtime.__all__
 __all__ += _layouts.__all__
 __all__ += _layers.__all__
 __all__ += _stages.__all__

@@ -46,7 +46,8 @@ class Source:
     def code(self, node):
         "A node as it is written; in one line, and without the comments that stand in it"
         if node is None: return ''
-        return ast.get_source_segment(self.text, node) if node.lineno == node.end_lineno else ast.unparse(node)
+        if node.lineno != node.end_lineno: return ast.unparse(node)
+        return self.lines[node.lineno - 1].encode()[node.col_offset:node.end_col_offset].decode()
 
 
 @cache
@@ -152,6 +153,7 @@ def origin(module, name):
     raise LookupError(f'{name} of camkd_nb.{module} is defined nowhere')
 
 
+@cache
 def describe(module, name):
     "What `module` says about its own `name`"
     src = source(module)
@@ -190,7 +192,8 @@ def code(text): return f'`` {cell_of_table(text)} ``' if '`' in text else f'`{ce
 
 
 def table(found):
-    "Parameters as a table"
+    "Parameters as a table; one that says no more than the signature is left out"
+    if not any(p.meaning for p in found): return []
     rows = [f'| {code(p.name)} | {code(p.type)} | {code(p.default)} | {cell_of_table(p.meaning)} |' for p in found]
     return ['| parameter | type | default | meaning |', '| --- | --- | --- | --- |', *rows, '']
 

@@ -4,7 +4,6 @@ from functools import cache
 from pathlib import Path
 
 import nbformat
-import yaml
 
 from directives import hidden, no_code, no_outputs, split_directives
 
@@ -15,11 +14,6 @@ link = re.compile(r'(!?\[(?:[^][]|\[[^]]*\])*\])\(([^)\s]+)\)')
 heading = re.compile(r'^#{1,6} +(.*?)\s*$', re.M)
 caption = re.compile(r'\s*\*(?!\*)(.+?)(?<!\*)\*(?:\n\n|\s*$)', re.S)
 style = re.compile(r'<style\b.*?</style>', re.S)
-
-
-def contents():
-    "The sections of the book: title -> pages, paths below nbs/"
-    return yaml.safe_load((nbs/'contents.yml').read_text(encoding='utf-8'))
 
 
 @cache

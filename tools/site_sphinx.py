@@ -9,7 +9,7 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
 import site_api, site_pages
-from address import repository_url
+from site_book import public_modules, sidebar
 
 logger = logging.getLogger(__name__)
 tag = re.compile(r'\\tag\{(\w+)\}')
@@ -82,7 +82,7 @@ def equations(document): return {number for node in document.findall(nodes.math_
 class Equations(SphinxTransform):
     "`equation 2` leads to the equation of this page that has the number; those of papers are left alone"
     default_priority = 710
-    mention = re.compile(r'(?<!\d, )(?<!\d; )\b([Ee]quations? )(\d+)(?:( and )(\d+))?(?! of\b)')
+    mention = re.compile(r'(?<!\d, )(?<!\d; )\b([Ee]quations? )(\(?(\d+)\)?)(?:( and )(\(?(\d+)\)?))?(?! of\b)')
 
     def apply(self, **kwargs):
         known = equations(self.document)
@@ -94,12 +94,11 @@ class Equations(SphinxTransform):
     def linked(self, text, known):
         parts, end = [], 0
         for found in self.mention.finditer(text):
-            for i in (2, 4):
-                if found[i] in known:
-                    words = found[1] + found[2] if i == 2 else found[4]
-                    start = found.start(1 if i == 2 else 4)
-                    parts += [nodes.Text(text[end:start]), nodes.reference('', words, internal=True, refuri=f'#equation-{found[i]}')]
-                    end = found.end(i)
+            for words, number in (2, 3), (5, 6):
+                if found[number] in known:
+                    link = nodes.reference('', found[words], internal=True, refuri=f'#equation-{found[number]}')
+                    parts += [nodes.Text(text[end:found.start(words)]), link]
+                    end = found.end(words)
         return [*parts, nodes.Text(text[end:])] if parts else []
 
 
@@ -111,7 +110,7 @@ def target_of(text):
     found = call.fullmatch(text)
     if not found: return None
     module = text.removeprefix('camkd_nb.')
-    if text.startswith('camkd_nb.') and module in site_api.modules(): return (module, f'module-{text}') if public_modules().get(module) else None
+    if text.startswith('camkd_nb.') and module in site_api.modules(): return (module, f'module-{text}') if module in public_modules() else None
     module = site_api.public().get(found[1])
     if not module: return None
     whole = f'camkd_nb.{module}.{found[1]}'
@@ -122,13 +121,6 @@ def target_of(text):
 def members(module, name):
     described = site_api.describe(module, name)
     return {member.name for member in described.members} if described else set()
-
-
-def public_modules():
-    "Module -> its public names"
-    found = {}
-    for name, module in site_api.public().items(): found.setdefault(module, []).append(name)
-    return found
 
 
 def link_names(app, doctree, docname):
@@ -171,10 +163,13 @@ def add_words(app, pagename, templatename, context, doctree):
         found |= {'og:url': urljoin(base, f'{pagename}.html'), 'og:image': urljoin(base, '_static/idea.png'), 'og:image:alt': 'Predictions of a teacher, a plain and a distilled student, with their class attention maps'}
     tags = [f'<meta property="{name}" content="{value if "&" in value else escape(value)}">' for name, value in found.items()]
     context['metatags'] = (context.get('metatags') or '') + '\n'.join([f'<meta name="description" content="{words}">', *tags])
-    context['generated'] = not (site_pages.nbs/notebook).exists()
+    context['book'] = sidebar(pagename, context['pathto'], app.config.live_page)
+    if 'body' in context: context['body'] = context['body'].replace('<summary aria-label="Toggle hidden content">', '<summary>')  # it says what it shows
+    if not (site_pages.nbs/notebook).exists(): context['theme_use_edit_page_button'] = context['theme_use_download_button'] = False
 
 
 def setup(app):
+    app.add_config_value('live_page', False, 'html', bool)
     app.add_html_math_renderer('mathml', (visit_math, depart), (visit_math_block, depart))
     app.add_transform(Captions)
     app.add_transform(Equations)

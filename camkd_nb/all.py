@@ -25,6 +25,7 @@ from . import distiller as _distiller
 from . import download as _download
 from . import evaluate as _evaluate
 from . import explore as _explore
+from . import export as _export
 from . import figures as _figures
 from . import gather as _gather
 from . import heads as _heads
@@ -108,6 +109,7 @@ __all__ += _rivals.__all__
 __all__ += _distiller.__all__
 __all__ += _distill.__all__
 __all__ += _checkpoint.__all__
+__all__ += _export.__all__
 __all__ += _figures.__all__
 __all__ += _training.__all__
 __all__ += _demo.__all__

@@ -42,6 +42,34 @@ def class_scores(
         raise ValueError(f'n_classes must be an int of at least 2 (background and one class), got {n_classes!r}')
     return nn.Conv2d(width, n_classes, 1)
 
+# %% ../nbs/engine/heads.ipynb #3f850895
+def _part_weights(parts, n, like):
+    "The share of each of n places in the mean of each part, (parts, n)."
+    part, place = torch.arange(parts, device=like.device)[:, None], torch.arange(n, device=like.device)
+    start, end = part * n // parts, ((part + 1) * n + parts - 1) // parts
+    return ((start <= place) & (place < end)).to(like.dtype) / (end - start).to(like.dtype)
+
+def means_as_products(
+    x: Tensor,  # (B, K, h, w)
+    output_size: int | tuple[int | None, int | None],  # parts along each axis; None: as many as there are places
+) -> Tensor:  # (B, K, rows, columns)
+    "The means of `F.adaptive_avg_pool2d`, in a form that can be exported for all sizes."
+    rows, columns = (output_size,) * 2 if isinstance(output_size, int) else output_size
+    if rows == columns == 1: return x.mean((-2, -1), keepdim=True)
+    height, width = x.shape[-2:]
+    if rows is not None: x = _part_weights(rows, height, x) @ x
+    return x if columns is None else x @ _part_weights(columns, width, x).T
+
+# %% ../nbs/engine/heads.ipynb #633a09fa
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # PyTorch 2.6 does not tell
+
+def part_means(
+    x: Tensor,  # (B, K, h, w)
+    parts: int,  # along each axis
+) -> Tensor:  # (B, K, parts, parts)
+    "Means of the parts of a map."
+    return means_as_products(x, parts) if _is_exporting() else F.adaptive_avg_pool2d(x, parts)
+
 # %% ../nbs/engine/heads.ipynb #9a290f4d
 class PSPHead(nn.Module):
     "Pyramid pooling: features beside means of the whole map and of its parts."
@@ -61,7 +89,7 @@ class PSPHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # features (B, n_in, h, w) to logits (B, n_classes, h, w)
         "Features to logits."
-        parts = [resize(f(F.adaptive_avg_pool2d(x, b)), x.shape[-2:]) for b, f in zip(self.bins, self.pyramid)]
+        parts = [resize(f(part_means(x, b)), x.shape[-2:]) for b, f in zip(self.bins, self.pyramid)]
         return self.logits(self.dropout(self.project(torch.cat([x, *parts], 1))))
 
 # %% ../nbs/engine/heads.ipynb #3b4e4769
@@ -85,7 +113,7 @@ class ASPPHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # features (B, n_in, h, w) to logits (B, n_classes, h, w)
         "Features to logits."
         branches = [f(x) for name, f in self.named_children() if name.startswith('aspp')]
-        mean = self.image_pooling(F.adaptive_avg_pool2d(x, 1)).expand_as(branches[0])
+        mean = self.image_pooling(part_means(x, 1)).expand_as(branches[0])
         return self.logits(self.dropout(self.concat_projection(torch.cat([mean, *branches], 1))))
 
 explain_classes(globals())

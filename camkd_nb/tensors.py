@@ -9,6 +9,7 @@ __all__ = ['denormalize', 'logits_of']
 import difflib, warnings, weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,8 +78,10 @@ def cell_share(
 # %% ../nbs/engine/tensors.ipynb #5b56b02d
 Read = Callable[[object], Tensor] | None  # from a network's output to logits (B, C, H, W); None: as usual
 
-def _found(output):
-    "What stands where logits usually do; None where nothing does."
+def found_logits(
+    output: object,  # what a network returned
+) -> Any:  # logits, (B, C, H, W), unchecked; None where nothing is
+    "What stands where logits usually do."
     if isinstance(output, Tensor): return output
     if isinstance(output, Mapping): return next((output[key] for key in ('out', 'logits') if key in output), None)
     return next((value for name in ('logits', 'out') if (value := getattr(output, name, None)) is not None), None)
@@ -111,7 +114,7 @@ def logits_of(
     read: Read = None,  # finds the logits in any other output, such as `lambda output: output[0]`
 ) -> Tensor:  # logits as a plain tensor, (B, C, H, W), C is 2 or more
     "The logits in a network's output; a `TypeError` or a `ValueError` says what it was instead."
-    logits = _found(output) if read is None else read(output)
+    logits = found_logits(output) if read is None else read(output)
     if not isinstance(logits, Tensor): raise _no_logits(output if read is None else logits, read)
     _check_logits(logits)
     return logits if type(logits) is Tensor else logits.as_subclass(Tensor)

@@ -31,6 +31,7 @@ from . import gather as _gather
 from . import heads as _heads
 from . import layers as _layers
 from . import layouts as _layouts
+from . import livepage as _livepage
 from . import losses as _losses
 from . import metrics as _metrics
 from . import models as _models
@@ -64,6 +65,7 @@ from .gather import *
 from .heads import *
 from .layers import *
 from .layouts import *
+from .livepage import *
 from .losses import *
 from .metrics import *
 from .models import *
@@ -112,6 +114,7 @@ __all__ += _checkpoint.__all__
 __all__ += _export.__all__
 __all__ += _figures.__all__
 __all__ += _training.__all__
+__all__ += _livepage.__all__
 __all__ += _demo.__all__
 __all__ += _study.__all__
 __all__ += _pool.__all__

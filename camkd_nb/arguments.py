@@ -16,12 +16,14 @@ from PIL import Image as PILImage
 from torch import nn
 
 from .explain import Parser
+from .livepage import check_page_folder, check_page_packages
 from .stages import match_layers
 from .losses import ClassAttention
 from .models import build_model
 from .tensors import eval_mode, logits_of
 from .training import Recipe
 from .voc import voc_classes, voc_items
+from .webruntime import find_web_runtime
 
 # %% ../nbs/engine/arguments.ipynb #ac12432e
 def _add_networks(add):
@@ -61,6 +63,14 @@ def _add_training(add):
     add('--out', default='camkd_demo.png', metavar='FILE', help='picture to write')
     add('--save', metavar='FOLDER', help='folder for the trained students (default: they are not kept)')
 
+def _add_page(add):
+    "The live page."
+    add('--page', metavar='FOLDER',
+        help='folder for a page on which the networks answer while one paints; without any other argument, those that '
+             'come with the package, and nothing is trained')
+    add('--runtime', metavar='PATH',
+        help="for --page: folder or .tgz of the npm package onnxruntime-web (default: npm fetches it, once)")
+
 # %% ../nbs/engine/arguments.ipynb #8d97d62f
 def parser() -> argparse.ArgumentParser:
     "What `camkd-demo` understands."
@@ -71,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         'validation images.')
     _add_networks(parser.add_argument)
     _add_training(parser.add_argument)
+    _add_page(parser.add_argument)
     return parser
 
 # %% ../nbs/engine/arguments.ipynb #5254d0ab
@@ -111,6 +122,20 @@ def _check_save(save):
         _writable(folder)
     except OSError as e: raise ValueError(f'--save {save}: nothing can be written there ({e.strerror})') from None
 
+# %% ../nbs/engine/arguments.ipynb #04427f5d
+def _check_page(page, runtime):
+    check_page_folder(_expanded('--page', page))
+    check_page_packages()
+    find_web_runtime(runtime)
+
+def page_alone(
+    args: argparse.Namespace,
+) -> bool:
+    "Whether a page is asked for, and nothing else."
+    default = vars(parser().parse_args([]))
+    return args.page is not None and all(getattr(args, name) == value for name, value in default.items()
+                                         if name not in ('page', 'runtime'))
+
 # %% ../nbs/engine/arguments.ipynb #9e890b52
 def _check_numbers(args):
     for name in ('seeds', 'epochs', 'size', 'bs', 'resize', 'n_train'):
@@ -139,6 +164,8 @@ def check_arguments(
     if args.device is not None: _check_device(args.device)
     _check_out(args.out)
     if args.save is not None: _check_save(args.save)
+    if args.page is not None: _check_page(args.page, args.runtime)
+    elif args.runtime is not None: raise ValueError(f'--runtime {args.runtime}: it is for --page, give that as well')
 
 # %% ../nbs/engine/arguments.ipynb #53b13b82
 def recipe_of(

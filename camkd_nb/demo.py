@@ -19,24 +19,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastai.torch_core import default_device, set_seed
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
-from .arguments import check_arguments, check_pair, parser, picture_format, recipe_of, student_builder
+from .arguments import check_arguments, check_pair, page_alone, parser, picture_format, recipe_of, student_builder
 from .distill import CAMDistill
 from .evaluate import evaluate
 from .figures import show_attention
 from .files import whole_file
+from .livepage import check_shown, write_page
 from .metrics import ConfusionMatrix
+from .models import toy_student, toy_teacher
 from .outcomes import Outcome, result_table, save_students
 from .tensors import eval_mode, logits_of
 from .teachers import load_teacher, trained_teacher
-from .toyvoc import toy_voc
+from .toyvoc import TOY_CLASSES, toy_pair, toy_voc
 from .training import Recipe, fit, score_on_batches
 from .trees import voc_root
-from .voc import voc_classes
+from .voc import VOID, read_image, voc_classes, voc_items
 
 # %% ../nbs/09_demo.ipynb #d9faa67a
 def compare(
@@ -106,6 +109,28 @@ def _as_image(figure):
     figure.savefig(buffer := io.BytesIO(), format='png', dpi=80, bbox_inches='tight')
     return PILImage.open(buffer).convert('RGB')
 
+# %% ../nbs/09_demo.ipynb #f04856c7
+def _page_of_run(models, layers, recipe, args):
+    "The page of networks that were trained."
+    tree = voc_root(recipe.tree)
+    photos = {files[0].stem: read_image(files[0]) for files in voc_items(tree, recipe.valid)[:6]}
+    side = min(recipe.resize or max(max(photo.shape[:2]) for photo in photos.values()), 256)
+    print('page:', write_page(args.page, models, vocab=voc_classes(tree), examples=photos, layers=layers,
+                              size=max(32, side // 32 * 32), runtime=args.runtime))
+
+def _toy_picture(k):
+    "A validation image of the built-in data, and what is in it."
+    image, mask = toy_pair(np.random.default_rng([0, 1, k]))
+    return f'{k + 1}. {", ".join(TOY_CLASSES[c] for c in np.unique(mask) if c not in (0, VOID))}', image
+
+def _shipped_page(args):
+    "The page of the networks that come with the package."
+    models = {'teacher': toy_teacher(pretrained=True), 'student': toy_student(pretrained='plain'),
+              'distilled student': toy_student(pretrained='distilled')}
+    print('page:', write_page(args.page, models, vocab=TOY_CLASSES, examples=dict(map(_toy_picture, range(6))),
+                              runtime=args.runtime))
+    return []
+
 # %% ../nbs/09_demo.ipynb #cdc558a8
 def _examine(teacher, recipe):
     "Print the teacher's scores, and warn of one that is poor where it teaches."
@@ -126,15 +151,22 @@ class _Job:
     recipe: Recipe
     layers: dict[str, str]
 
+def _check_shown(student, teacher, layers):
+    "Whether a page can show the networks, before one is trained."
+    mine, theirs = list(layers.items())[-1]
+    for name, model, path in (('student', student, mine), ('teacher', teacher, theirs)): check_shown(name, model, path)
+
 def _prepare(args):
-    "The job; nothing is trained but a teacher that is named alone."
+    "The job; nothing is trained but a teacher that is named alone. None: nothing but the shipped page is asked for."
     check_arguments(args)
+    if page_alone(args): return None
     tree = voc_root(args.data) if args.data else toy_voc(n_train=400, n_valid=200)
     recipe = recipe_of(args, tree)
     new_student = student_builder(args, len(voc_classes(tree)))
     student = new_student()
     teacher = load_teacher(args.teacher, recipe)
     layers = check_pair(student, teacher, recipe, args.layers)
+    if args.page is not None: _check_shown(student, teacher, layers)
     _examine(teacher, recipe)
     return _Job(new_student, teacher, recipe, layers)
 
@@ -162,12 +194,14 @@ def run(
     return _run(_prepare(args), args)
 
 def _run(job, args):
+    if job is None: return _shipped_page(args)
     outcomes = _all_seeds(job, args)
     shown, last = {'teacher': job.teacher, **outcomes[0].models}, list(job.layers.items())[-1]
     layers = {name: last[name == 'teacher'] for name in shown}
     try: file = save_picture(Path(args.out).expanduser(), shown, job.recipe, layers)
     except KeyboardInterrupt: raise KeyboardInterrupt('all seeds finished, no picture written') from None
     print('picture:', file)
+    if args.page is not None: _page_of_run(shown, layers, job.recipe, args)
     return outcomes
 
 def _end(status, error):
@@ -182,7 +216,7 @@ def main(
     args = parser().parse_args(argv)
     try:
         try: job = _prepare(args)
-        except (ValueError, TypeError, OSError, RuntimeError) as error: _end(2, error)
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error: _end(2, error)
         try: _run(job, args)
         except (ValueError, TypeError, OSError) as error: _end(1, error)
     except KeyboardInterrupt as stop: _end(130, f'stopped, {stop.args[0] if stop.args else "before the first seed"}')

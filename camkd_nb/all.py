@@ -60,6 +60,7 @@ from .distiller import *
 from .download import *
 from .evaluate import *
 from .explore import *
+from .export import *
 from .figures import *
 from .gather import *
 from .heads import *

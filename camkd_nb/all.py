@@ -37,6 +37,7 @@ from . import metrics as _metrics
 from . import models as _models
 from . import pool as _pool
 from . import published as _published
+from . import quantize as _quantize
 from . import rivals as _rivals
 from . import runtime as _runtime
 from . import samples as _samples
@@ -72,6 +73,7 @@ from .metrics import *
 from .models import *
 from .pool import *
 from .published import *
+from .quantize import *
 from .rivals import *
 from .runtime import *
 from .samples import *
@@ -113,6 +115,7 @@ __all__ += _distiller.__all__
 __all__ += _distill.__all__
 __all__ += _checkpoint.__all__
 __all__ += _export.__all__
+__all__ += _quantize.__all__
 __all__ += _figures.__all__
 __all__ += _training.__all__
 __all__ += _livepage.__all__

@@ -104,7 +104,10 @@ def _classes(scores):
         raise ValueError(f'the logits have {scores.shape[1]} classes: give a network with at most {VOID}')
     return scores[0].max(0).indices.to(torch.uint8).cpu().numpy()
 
-def _photos_in(folder):
+# %% ../nbs/engine/evaluate.ipynb #ef7d4e5c
+def photos_in(
+    folder: Path,
+) -> list[Path]:  # sorted
     "The photographs in a folder and those below it, all of them readable."
     files = [file for file in sorted(folder.rglob('*')) if file.suffix.lower() in PHOTO_SUFFIXES
              and not any(part[0] == '.' for part in file.relative_to(folder).parts)]
@@ -114,13 +117,14 @@ def _photos_in(folder):
     for file in files: open_picture(file)  # now, before the work of an hour is lost
     return files
 
+# %% ../nbs/engine/evaluate.ipynb #9646f16f
 def _segment_folder(segment, folder, out, progress):
     "Write the mask of each photograph in a folder; `segment` makes one."
     if out is None: raise ValueError(f'{folder} is a folder: give out=, the folder that its masks are to be in')
     out = Path(out).expanduser()
     if out.is_file() or out.exists() and any(out.iterdir()):
         raise ValueError(f'{out} {"is a file" if out.is_file() else "holds files"}: give a new folder')
-    files = _photos_in(folder)
+    files = photos_in(folder)
     with whole_folder(out) as draft:
         for file in progress_bar(files, leave=False) if progress else files:
             target = draft/file.relative_to(folder).with_suffix('.png')

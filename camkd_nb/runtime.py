@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OnnxModel']
 
-# %% ../nbs/engine/runtime.ipynb #55ab51e1
+# %% ../nbs/engine/runtime.ipynb #284be00a
 import importlib, json
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .explain import explain_classes
 from .tensors import check_images, imagenet_stats, resize
 
-# %% ../nbs/engine/runtime.ipynb #386dac0e
+# %% ../nbs/engine/runtime.ipynb #c48df5b1
 def onnx_package(
     name: str,  # 'onnx', 'onnxruntime' or a module in one of them
 ) -> ModuleType:
@@ -24,7 +24,7 @@ def onnx_package(
     try: return importlib.import_module(name)
     except ImportError as error: raise ImportError(f'{name} is missing: pip install "camkd_nb[export]"') from error
 
-# %% ../nbs/engine/runtime.ipynb #c2cc8732
+# %% ../nbs/engine/runtime.ipynb #c51363ac
 def _session(file, threads):
     "A file, loaded by onnxruntime."
     runtime = onnx_package('onnxruntime')
@@ -32,12 +32,11 @@ def _session(file, threads):
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     options.log_severity_level = 3  # errors alone
-    options.add_session_config_entry('session.x64quantprecision', '1')
     try: return runtime.InferenceSession(file.read_bytes(), options, providers=['CPUExecutionProvider'])
     except Exception as error:  # those of onnxruntime have no base class of their own
         raise ValueError(f'{file} is no ONNX file that onnxruntime can run: {str(error).splitlines()[0]}') from error
 
-# %% ../nbs/engine/runtime.ipynb #b6cac8bd
+# %% ../nbs/engine/runtime.ipynb #95340f9c
 def _fixed(shape):
     "The numbers of a shape that are fixed, `None` for those that are open."
     return [size if isinstance(size, int) else None for size in shape]
@@ -50,7 +49,7 @@ def _filled(x, sides, file):
     raise ValueError(f'{file.name} takes {height}×{width} pixels, not {h}×{w}: '
                      f'give size={min(room)}, or export it with dynamic sizes')
 
-# %% ../nbs/engine/runtime.ipynb #c329988c
+# %% ../nbs/engine/runtime.ipynb #6b461880
 def _first_input(session, file):
     "The name of the image's input, and its shape; a `ValueError` where the file takes something else."
     first, *more = session.get_inputs()
@@ -61,7 +60,7 @@ def _first_input(session, file):
         raise ValueError(f'{file.name} takes {first.type} {first.shape}: give a file for float32 images (B, 3, H, W)')
     return first.name, _fixed(first.shape)
 
-# %% ../nbs/engine/runtime.ipynb #680288c2
+# %% ../nbs/engine/runtime.ipynb #86fab3c5
 class OnnxModel(nn.Module):
     "An ONNX file as a network in eval mode, run by onnxruntime on the CPU."
     def __init__(self,
@@ -76,19 +75,27 @@ class OnnxModel(nn.Module):
         said = self.session.get_modelmeta().custom_metadata_map
         self.vocab, self.normalises = json.loads(said.get('classes', '[]')), said.get('normalises') == 'imagenet'
 
+    def pixels(self, x: Tensor,  # ImageNet-normalised images, (B, 3, H, W)
+    ) -> Tensor:  # float32, on the CPU, filled up to the file's sides
+        "Images as the file takes them."
+        x = _filled(x.detach().cpu().float(), self.sides, self.file)
+        mean, std = imagenet_stats(x)
+        return x * std + mean if self.normalises else x
+
     def forward(self, x: Tensor) -> Tensor:  # ImageNet-normalised images (B, 3, H, W) to logits (B, C, H, W)
         "The logits that the file gives."
         check_images(x)
-        filled, (mean, std) = _filled(x.detach().cpu().float(), self.sides, self.file), imagenet_stats(x.cpu())
-        pixels = (filled * std + mean if self.normalises else filled).contiguous()
+        pixels = self.pixels(x)
         logits = torch.cat([_answer(self, part) for part in pixels.split(self.batch or len(x))]).to(x.device)
-        if filled.shape == x.shape: return logits
-        return resize(logits, filled.shape[-2:])[..., :x.shape[-2], :x.shape[-1]]
+        if pixels.shape == x.shape: return logits
+        return resize(logits, pixels.shape[-2:])[..., :x.shape[-2], :x.shape[-1]]
 
 def _answer(model, pixels):
-    "What onnxruntime makes of as many images as the file takes at once."
-    try: return torch.from_numpy(model.session.run(None, {model.name: pixels.numpy()})[0])
+    "What onnxruntime makes of as many images as the file takes at once, or fewer."
+    missing = max(0, (model.batch or 0) - len(pixels))
+    given = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous().numpy()
+    try: return torch.from_numpy(model.session.run(None, {model.name: given})[0])[:len(pixels)]
     except Exception as error: raise ValueError(f'{model.file.name}: {str(error).splitlines()[0]}') from error
 
-# %% ../nbs/engine/runtime.ipynb #709f91bf
+# %% ../nbs/engine/runtime.ipynb #e6bf5acf
 explain_classes(globals())

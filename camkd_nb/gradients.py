@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .sums import find_cut, summed_gradients
 from .tensors import at_least_single
 
 # %% ../nbs/engine/gradients.ipynb #b7f03e5a
@@ -65,3 +66,32 @@ def score_gradients(
 ) -> Iterator[dict[str, Tensor]]:  # k times: path -> (B, K, h, w), float32 or better
     "The gradients themselves."
     for named, scale in scaled: yield {name: gradient / scale for name, gradient in named.items()}
+
+# %% ../nbs/engine/gradients.ipynb #fe04fedd
+def _cut_for(logits, activations, classes, regions):
+    "Where backward passes to the one layer may end early, and their scales and first gradients; None where they may not."
+    if len(activations) > 1 or logits.grad_fn is None: return None
+    scales = [region_scale(region) for region in regions.unbind(1)]
+    starts = [_first_gradient(logits, classes[:, j], regions[:, j], scale) for j, scale in enumerate(scales)]
+    cut = find_cut(starts[0][0], *activations.values())
+    return cut and (cut, scales, [[first] for _, first in starts])
+
+def mean_gradients(
+    logits: Tensor,  # (B, C, H, W), from a forward pass in eval mode with `Taps(..., start_graph=True)`
+    activations: dict[str, Tensor],  # path -> (B, K, h, w), of that pass
+    classes: Tensor,  # int64, (B, k), -1 for none; k is 1 or more
+    regions: Tensor,  # bool, (B, k, H, W)
+    *,
+    second_order: bool = False,  # let the means be differentiated
+    keep_graph: bool = False,  # for activations that will be differentiated through later
+) -> dict[str, Tensor]:  # path -> (B, k, K), float32 or better
+    "Gradients of each image's class scores, averaged over the positions of each layer."
+    options = dict(second_order=second_order, keep_graph=keep_graph)
+    if (found := _cut_for(logits, activations, classes, regions)) is None:
+        parts = [{path: g.mean((2, 3)) / scale[..., 0, 0] for path, g in gradients.items()}
+                 for gradients, scale in scaled_gradients(logits, activations, classes, regions, **options)]
+        return {path: torch.stack([part[path] for part in parts], 1) for path in activations}
+    cut, scales, firsts = found
+    (path, layer), = activations.items()
+    means = summed_gradients(cut, firsts, **options) / layer[0, 0].numel()
+    return {path: torch.stack([one / s[..., 0, 0] for one, s in zip(means.chunk(len(scales)), scales)], 1)}

@@ -21,9 +21,7 @@ def class_weights(
     reading: Reading,
 ) -> dict[str, Tensor]:  # path -> (B, k, K), single precision or better
     "The Grad-CAM weights (equation 1): gradients of each image's class scores, averaged over positions."
-    parts = [{path: g.mean((2, 3)) / scale[..., 0, 0] for path, g in gradients.items()}
-             for gradients, scale in reading.scaled_gradients()]
-    return {path: torch.stack([part[path] for part in parts], 1) for path in reading.recorded}
+    return reading.mean_gradients()
 
 # %% ../nbs/engine/methods.ipynb #21a9744c
 def weighted_maps(

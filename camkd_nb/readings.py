@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .explain import explain_classes
-from .gradients import scaled_gradients, score_gradients
+from .gradients import mean_gradients, scaled_gradients, score_gradients
 from .layers import Taps, run_eagerly
 from .regions import Classes, Region, asked_classes, check_labels, region_masks
 from .second_order import check_second_order, twice_differentiable, without_checkpoints
@@ -41,6 +41,11 @@ class Reading:
     def gradients(self) -> Iterator[dict[str, Tensor]]:  # k times: path -> (B, K, h, w)
         "The gradients of the class scores with respect to `recorded`: one backward pass a class."
         return score_gradients(self.scaled_gradients())
+
+    def mean_gradients(self) -> dict[str, Tensor]:  # path -> (B, k, K)
+        "The gradients averaged over positions, which takes less work than the gradients."
+        return mean_gradients(self.logits, self.recorded, self.classes, self.regions,
+                              second_order=self.second_order, keep_graph=self.keep_graph)
 
 # %% ../nbs/engine/readings.ipynb #e7230823
 def trains(

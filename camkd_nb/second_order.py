@@ -23,10 +23,16 @@ def _hardsigmoid(x, inplace=False):
     y = F.relu6(x + 3) / 6
     return x.copy_(y) if inplace else y
 
-_COMPOSED: dict[str, Callable] = {'hardsigmoid': _hardsigmoid, 'hardsigmoid_': partial(_hardsigmoid, inplace=True)}
+def _relu(x, inplace=False):
+    if not (x.requires_grad and torch.is_grad_enabled()): return F.relu(x, inplace)
+    y = torch.where(x <= 0, 0, x)
+    return x.copy_(y) if inplace else y
+
+_COMPOSED: dict[str, Callable] = {'hardsigmoid': _hardsigmoid, 'hardsigmoid_': partial(_hardsigmoid, inplace=True),
+                                  'relu': _relu, 'relu_': partial(_relu, inplace=True)}
 
 class _Composed(TorchFunctionMode):
-    "Runs a composition in place of an operator without second derivative."
+    "Runs a composition in place of an operator whose second derivative is missing, or dear."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return _COMPOSED.get(getattr(func, '__name__', ''), func)(*args, **(kwargs or {}))
 

@@ -3,6 +3,7 @@ import copy
 import pickle
 from functools import partial
 
+import pretended
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,10 @@ from camkd_nb.distill import CAMDistill, Distill
 from camkd_nb.distiller import Distiller
 from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import ConfusionMatrix, SegLoss
-from camkd_nb.rivals import DIST, IFV, PairwiseKD
+from camkd_nb.rivals import DIST, IFV, FeatureKD, PairwiseKD
 from camkd_nb.terms import Relative, Term
 from camkd_nb.toyvoc import toy_voc
+from camkd_nb.unlabelled import confident
 
 layers, void = ['body'], 255
 
@@ -248,7 +250,7 @@ def test_wrapped_networks_and_modes_are_named():
 @pytest.mark.parametrize('weight', [1., Relative(.5)], ids=['number', 'relative'])
 def test_no_step_after_the_first_waits_for_a_gpu(monkeypatch, classes, weight):
     "On a pretended one, where reading any value raises; it has no backward pass, so gradients are pretended too"
-    monkeypatch.setattr(torch.autograd, 'grad', lambda outputs, inputs, *args, **kwargs: tuple(map(torch.zeros_like, inputs)))
+    monkeypatch.setattr(torch.autograd, 'grad', pretended.grad)
     with FakeTensorMode(), torch.device('cuda'):
         images, labels, loss, counts = torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64), SegLoss(), ConfusionMatrix(3)
         distiller = Distiller(Net(), Net(5 if classes else 3), every_term(weight=weight), classes=classes)
@@ -256,6 +258,24 @@ def test_no_step_after_the_first_waits_for_a_gpu(monkeypatch, classes, weight):
         for _ in range(2): losses = distiller.step(images, labels, loss)
         counts.update(losses.output, labels)
     assert len(losses.terms) == 7 and {value.device.type for value, _ in losses.terms.values()} == {'cuda'}
+
+
+@pytest.mark.parametrize('labels', [None, confident(.4, 'photographs')], ids=['no labels', 'where the teacher is sure'])
+def test_images_without_labels_and_every_nth_batch_wait_for_no_gpu_either(monkeypatch, labels):
+    monkeypatch.setattr(torch.autograd, 'grad', pretended.grad)
+    features = FeatureKD(layers=layers)  # with a lazy parameter, which cannot be pretended, and no parameter can be moved
+    monkeypatch.setattr(FeatureKD, 'to', lambda self, device: self)
+    with FakeTensorMode(), torch.device('cuda'):
+        images, mask = torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64)
+        terms = [ClassAttention(layers=layers, every=2), ClassAttention(layers=layers, second_order=False, region='predicted'),
+                 features, DIST(), IFV(layers=layers), PairwiseKD(layers=layers), AttentionTransfer(layers=layers)]
+        features.projectors[0] = nn.Conv2d(8, 8, 1)
+        distiller = Distiller(Returns(lambda z: [z]), Net(), terms, student_output=lambda output: output[0])
+        distiller.labels._begun = True  # by a first batch
+        for batch, found in zip(range(4), (7, 6, 7, 6)):
+            with distiller: output = distiller.given(images)
+            values = distiller(images, mask if batch < 2 else labels, output)
+            assert len(values) == found and {value.device.type for value, _ in values.values()} == {'cuda'}
 
 
 class Totals(Callback):

@@ -2,6 +2,7 @@
 import copy, os
 from pathlib import Path
 
+import pretended
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,8 +246,7 @@ def test_masks_of_other_sizes_and_types():
 def test_the_term_never_waits_for_a_device(options, monkeypatch):
     "On a pretended GPU everything that would wait raises; PyTorch's backward pass needs a real one, and is left out"
     from torch._subclasses.fake_tensor import FakeTensorMode
-    def grad(outputs, inputs, *args, create_graph=False, **kwargs): return tuple(i.detach().clone().requires_grad_(create_graph) for i in inputs)
-    monkeypatch.setattr(torch.autograd, 'grad', grad)
+    monkeypatch.setattr(torch.autograd, 'grad', pretended.grad)
     with FakeTensorMode(), torch.device('cuda'):
         student, teacher, (x, mask) = toy_student(), toy_student().eval().requires_grad_(False), batch()
         value = ClassAttention(layers=layer, **options)(step_of(student, teacher, x, mask))

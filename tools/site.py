@@ -30,9 +30,10 @@ live_page = '''# Try it in the browser
 
 ```{raw} html
 <iframe class="live" src="live/index.html" title="Three networks and their class attention maps" loading="lazy"></iframe>
+<p><a href="live/index.html">Open it alone</a></p>
 ```
 
-The networks run in this page, on your machine. [Open the page alone](live/index.html){.external}, or make one from networks of your own with `camkd-demo --page FOLDER`: see [the main job](/09_demo.ipynb).
+The networks run in this page, on your machine. `camkd-demo --page FOLDER` makes one from networks of your own: see [the main job](/09_demo.ipynb).
 '''
 
 

@@ -25,8 +25,8 @@ def title(page): return heading.search(prose(read(page))[0])[1]
 
 
 def promise(page):
-    "The line below the title"
-    return re.search(r'^> (.*)$', prose(read(page))[0], re.M)[1]
+    "The line below the title, without its links"
+    return re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', re.search(r'^> (.*)$', prose(read(page))[0], re.M)[1])
 
 
 def is_code(line): return bool(line.strip()) and not line.strip().startswith('#')

@@ -164,8 +164,16 @@ def add_words(app, pagename, templatename, context, doctree):
     tags = [f'<meta property="{name}" content="{value if "&" in value else escape(value)}">' for name, value in found.items()]
     context['metatags'] = (context.get('metatags') or '') + '\n'.join([f'<meta name="description" content="{words}">', *tags])
     context['book'] = sidebar(pagename, context['pathto'], app.config.live_page)
-    if 'body' in context: context['body'] = context['body'].replace('<summary aria-label="Toggle hidden content">', '<summary>')  # it says what it shows
+    if 'body' in context: context['body'] = mended(context['body'])
     if not (site_pages.nbs/notebook).exists(): context['theme_use_edit_page_button'] = context['theme_use_download_button'] = False
+
+
+def mended(body):
+    "HTML that readers of screens can follow"
+    body = body.replace('<summary aria-label="Toggle hidden content">', '<summary>')  # it says itself what it shows
+    body = re.sub(r'<th( [^>]*)?>(?:<p></p>)?</th>', r'<td\1></td>', body)  # the corner of a table is no heading
+    # The lines of a signature are a list of meanings without words.
+    return re.sub(r'<dl>\s*((?:<dd>(?:(?!</?dl>).)*</dd>\s*)+)</dl>', lambda found: '<div class="lines">' + found[1].replace('<dd>', '<div>').replace('</dd>', '</div>') + '</div>', body, flags=re.S)
 
 
 def setup(app):

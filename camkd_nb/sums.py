@@ -164,6 +164,7 @@ def summed_gradients(
     each = [torch.autograd.grad(cut.edges, ends, first, create_graph=second_order,
                                 retain_graph=keep_graph or second_order or j + 1 < k) for j, first in enumerate(firsts)]
     given = [torch.cat(gradients) for gradients in zip(*each)]
-    with full_precision(given[0]): total, onward = _add_up(cut, given, k)
+    with full_precision(given[0]), torch.set_grad_enabled(second_order and torch.is_grad_enabled()):
+        total, onward = _add_up(cut, given, k)
     if cut.deeper is None: return total
     return total + summed_gradients(cut.deeper, onward, second_order=second_order, keep_graph=keep_graph)

@@ -111,11 +111,11 @@ def target_of(text):
     if not found: return None
     module = text.removeprefix('camkd_nb.')
     if text.startswith('camkd_nb.') and module in site_api.modules(): return (module, f'module-{text}') if module in public_modules() else None
-    module = site_api.public().get(found[1])
+    first, second = found[1], found[2]
+    if second in public_modules().get(first, ()): first, second = second, None  # module.name
+    module = site_api.public().get(first)
     if not module: return None
-    whole = f'camkd_nb.{module}.{found[1]}'
-    if found[2] and found[2] in members(module, found[1]): whole += f'.{found[2]}'
-    return module, whole
+    return module, f'camkd_nb.{module}.{first}' + (f'.{second}' if second and second in members(module, first) else '')
 
 
 def members(module, name):
@@ -154,7 +154,6 @@ def resolve(app, env, node, contnode):
 
 def add_words(app, pagename, templatename, context, doctree):
     "A title and a line for those who share a page, with a picture where the site's address is known"
-    notebook = f'{pagename}.ipynb'
     described = re.search(r'<blockquote>\s*<div><p>(.*?)</p>', context.get('body') or '', re.S)
     words = re.sub(r'<[^>]*>', '', described[1]) if described else app.config.html_title
     heading = re.sub(r'<[^>]*>', '', context.get('title') or app.config.html_title)
@@ -165,7 +164,12 @@ def add_words(app, pagename, templatename, context, doctree):
     context['metatags'] = (context.get('metatags') or '') + '\n'.join([f'<meta name="description" content="{words}">', *tags])
     context['book'] = sidebar(pagename, context['pathto'], app.config.live_page)
     if 'body' in context: context['body'] = mended(context['body'])
-    if not (site_pages.nbs/notebook).exists(): context['theme_use_edit_page_button'] = context['theme_use_download_button'] = False
+
+
+def fewer_buttons(app, pagename, templatename, context, doctree):
+    "A page that no notebook stands behind cannot be downloaded, launched or edited as one"
+    if (site_pages.nbs/f'{pagename}.ipynb').exists(): return
+    context['header_buttons'] = [button for button in context['header_buttons'] if not re.match('download|launch|source', button.get('label', ''))]
 
 
 def mended(body):
@@ -184,4 +188,5 @@ def setup(app):
     app.connect('doctree-resolved', link_names)
     app.connect('missing-reference', resolve)
     app.connect('html-page-context', add_words)
+    app.connect('html-page-context', fewer_buttons, priority=502)  # behind the theme
     return {'parallel_read_safe': True, 'parallel_write_safe': True}

@@ -13,7 +13,7 @@ const camkd = (() => {
     element.append(...inside)
     return element
   }
-  const percent = share => `${Math.round(100 * share)} %`
+  const percent = share => `${Math.round(100 * share)}\u00a0%`
   const state = {chosen: null, id: 0, sent: null, wanted: null, results: []}  // chosen: null until an answer is there
   const waiting = []
 
@@ -42,11 +42,11 @@ const camkd = (() => {
   // panels
   function panel({name, parameters}, k) {
     const picture = what => made('canvas', {width: size, height: size, ariaLabel: what})
-    const parts = {box: made('article', {className: 'network'}), answer: picture(), map: picture(), said: made('p'), told: made('p'), cost: made('p', {className: 'cost'})}
+    const parts = {box: made('article', {className: 'network'}), answer: picture(), map: picture(), said: made('p'), told: made('p'), like: made('p'), cost: made('p', {className: 'cost'})}
     for (const canvas of [parts.answer, parts.map]) canvas.setAttribute('role', 'img')
     parts.weights = `${parameters < 1e5 ? (parameters / 1e3).toPrecision(2) + ' thousand' : (parameters / 1e6).toPrecision(2) + ' million'} weights`
     parts.cost.textContent = parts.weights
-    parts.box.append(made('h3', {textContent: name}), parts.cost, parts.answer, parts.said, parts.map, parts.told)
+    parts.box.append(made('h3', {textContent: name}), parts.cost, parts.answer, parts.said, parts.map, parts.told, parts.like)
     byId('networks').append(parts.box)
     return parts
   }
@@ -73,33 +73,32 @@ const camkd = (() => {
 
   const sentence = found => found.slice(0, 3).map(([c, share]) => `${vocab[c]} ${percent(share)}`).join(', ') || 'background only'
 
-  function describe(result, k) {
-    const first = state.results[0], word = vocab[state.sent.chosen], lines = []
-    lines.push(result.whole ? `no ${word}: whole picture` : `${word}: most at the ${place(result.map, result.shape)}`)
-    if (!k) return lines
-    const other = cosine(result.map, first.map)
-    lines.push(`like the ${first.name} ${percent(same(result.answer, first.answer))}`)
-    if (other !== null) lines.push(`map ${other.toFixed(2)}`)
-    return lines
+  const labelled = (label, text) => [made('b', {textContent: label}), ` ${text}`]
+
+  function likeness(result, first) {
+    const maps = cosine(result.map, first.map)
+    return `answers ${percent(same(result.answer, first.answer))}` + (maps === null ? '' : `, maps ${maps.toFixed(2)}`)
   }
 
   function showResult(result, k, ms) {
-    const parts = panels[k], found = sentence(shares(result.answer)), pixels = state.sent.picture
-    showAnswer(parts.answer, pixels, result.answer, camkdData)
-    showMap(parts.map, pixels, result, state.sent.chosen, camkdData)
-    parts.said.textContent = found
-    const lines = describe(result, k)
-    parts.told.textContent = lines.join(', ')
+    const parts = panels[k], {picture, chosen} = state.sent, first = state.results[0]
+    const found = sentence(shares(result.answer)), where = `most at the ${place(result.map, result.shape)}`
+    showAnswer(parts.answer, picture, result.answer, camkdData)
+    showMap(parts.map, picture, result, chosen, camkdData)
+    parts.found = found
+    parts.said.replaceChildren(...labelled('Answer', found))
+    parts.told.replaceChildren(...labelled('Map', result.whole ? `no ${vocab[chosen]} found, so of the whole picture` : where))
+    if (k) parts.like.replaceChildren(...labelled(`Like the ${first.name}`, likeness(result, first)))
     if (ms) parts.cost.textContent = `${parts.weights}, ${Math.round(ms)} ms`
     parts.answer.ariaLabel = `Answer of the ${result.name}: ${found}`
-    parts.map.ariaLabel = `Map of the ${result.name}. ${lines[0]}`
+    parts.map.ariaLabel = `Map of the ${result.name} for ${vocab[chosen]}, ${where}`
   }
 
   function announce() {  // for those who hear the page, when the hand rests
     clearTimeout(announce.later)
     announce.later = setTimeout(() => {
       byId('status').className = 'unseen'  // others see it in the panels
-      byId('status').textContent = state.results.map(({name}, k) => `${name}: ${panels[k].said.textContent}.`).join(' ')
+      byId('status').textContent = state.results.map(({name}, k) => `${name}: ${panels[k].found}.`).join(' ')
     }, 700)
     for (const [c, input] of inputs.entries())
       input.parentElement.classList.toggle('absent', !state.results.some(({answer}) => answer.includes(c)))

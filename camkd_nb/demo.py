@@ -13,7 +13,7 @@ with warnings.catch_warnings():
 
 # %% ../nbs/09_demo.ipynb #ef07b848
 import argparse, io, sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +23,16 @@ import numpy as np
 import torch
 from fastai.torch_core import default_device, set_seed
 from PIL import Image as PILImage
-from torch import Tensor, nn
+from torch import nn
 
 from .arguments import check_arguments, check_pair, page_alone, parser, picture_format, recipe_of, student_builder
 from .distill import CAMDistill
 from .evaluate import evaluate
 from .figures import show_attention
 from .files import whole_file
-from .livepage import check_shown, write_page
-from .metrics import ConfusionMatrix
+from .livepage import export_with_map, write_page
 from .models import toy_student, toy_teacher
-from .outcomes import Outcome, result_table, save_students
-from .tensors import eval_mode, logits_of
+from .outcomes import Outcome, result_table, save_students, telling_images
 from .teachers import load_teacher, trained_teacher
 from .toyvoc import TOY_CLASSES, toy_pair, toy_voc
 from .training import Recipe, fit, score_on_batches
@@ -59,35 +57,6 @@ def compare(
                      for model in (plain, distilled))
     return Outcome(seed, before, after, seconds, {'student': plain, 'distilled student': distilled})
 
-# %% ../nbs/09_demo.ipynb #8beb4660
-def image_scores(
-    model: nn.Module,  # segmentation network
-    x: Tensor,  # images, (B, 3, H, W)
-    mask: Tensor,  # class indices, int64, (B, H, W)
-) -> list[float]:  # B of them, NaN for an image of nothing but void
-    "The mIoU of each image by itself."
-    with eval_mode(model), torch.no_grad(): logits = logits_of(model(x))
-    return [ConfusionMatrix(logits.shape[1]).update(z[None], m[None]).miou() for z, m in zip(logits, mask)]
-
-def telling_images(
-    models: Mapping[str, nn.Module],  # 'student' and 'distilled student' -> network
-    recipe: Recipe,
-    *,
-    n: int = 64,  # validation images to look at
-) -> tuple[Tensor, Tensor]:  # images, (n, 3, H, W), and masks, (n, H, W), n = 3 where there are so many
-    "The two images with the largest gain, and the one with the largest loss."
-    images, masks, gains = [], [], []
-    for x, mask in recipe.batches().valid:
-        x, mask = x.as_subclass(Tensor), mask.as_subclass(Tensor)
-        before, after = (image_scores(models[name], x, mask) for name in ('student', 'distilled student'))
-        gains += [b - a for a, b in zip(before, after)]
-        images.append(x)
-        masks.append(mask)
-        if len(gains) >= n: break
-    order = torch.tensor(gains).nan_to_num(0).argsort(descending=True).tolist()
-    chosen = list(dict.fromkeys(order[:2] + order[-1:]))  # a list may have fewer than three images
-    return torch.cat(images)[chosen], torch.cat(masks)[chosen]
-
 # %% ../nbs/09_demo.ipynb #89ab0bfa
 def save_picture(
     file: str | Path,  # picture to write
@@ -98,7 +67,8 @@ def save_picture(
     "Predictions and signed class attention maps of three validation images, stacked in one picture."
     x, mask = telling_images(models, recipe)
     vocab, file = voc_classes(voc_root(recipe.tree)), Path(file)
-    parts = [_as_image(show_attention(models, x, mask, shown, vocab=vocab, signed=bool(shown))) for shown in (None, layers)]
+    parts = [_as_image(show_attention(models, x, mask, shown, vocab=vocab, signed=bool(shown)))
+             for shown in (None, layers)]
     sheet = PILImage.new('RGB', (max(part.width for part in parts), sum(part.height for part in parts)), 'white')
     for part, top in zip(parts, (0, parts[0].height)): sheet.paste(part, (0, top))
     sheet.save(buffer := io.BytesIO(), picture_format(file))  # to a full disk Pillow would write a part
@@ -110,13 +80,18 @@ def _as_image(figure):
     return PILImage.open(buffer).convert('RGB')
 
 # %% ../nbs/09_demo.ipynb #f04856c7
+def _first_photos(recipe): return {file.stem: read_image(file) for file, _ in voc_items(recipe.tree, recipe.valid)[:6]}
+
+def _page_side(recipe):
+    "The side of the pictures of a page, pixels: that of the photographs, up to 256."
+    side = recipe.resize or max(max(photo.shape[:2]) for photo in _first_photos(recipe).values())
+    return max(32, min(side, 256) // 32 * 32)
+
 def _page_of_run(models, layers, recipe, args):
     "The page of networks that were trained."
-    tree = voc_root(recipe.tree)
-    photos = {files[0].stem: read_image(files[0]) for files in voc_items(tree, recipe.valid)[:6]}
-    side = min(recipe.resize or max(max(photo.shape[:2]) for photo in photos.values()), 256)
-    print('page:', write_page(args.page, models, vocab=voc_classes(tree), examples=photos, layers=layers,
-                              size=max(32, side // 32 * 32), runtime=args.runtime))
+    vocab = voc_classes(voc_root(recipe.tree))
+    print('page:', write_page(args.page, models, vocab=vocab, examples=_first_photos(recipe), layers=layers,
+                              size=_page_side(recipe), runtime=args.runtime))
 
 def _toy_picture(k):
     "A validation image of the built-in data, and what is in it."
@@ -151,11 +126,6 @@ class _Job:
     recipe: Recipe
     layers: dict[str, str]
 
-def _check_shown(student, teacher, layers):
-    "Whether a page can show the networks, before one is trained."
-    mine, theirs = list(layers.items())[-1]
-    for name, model, path in (('student', student, mine), ('teacher', teacher, theirs)): check_shown(name, model, path)
-
 def _prepare(args):
     "The job; nothing is trained but a teacher that is named alone. None: nothing but the shipped page is asked for."
     check_arguments(args)
@@ -166,7 +136,8 @@ def _prepare(args):
     student = new_student()
     teacher = load_teacher(args.teacher, recipe)
     layers = check_pair(student, teacher, recipe, args.layers)
-    if args.page is not None: _check_shown(student, teacher, layers)
+    if args.page is not None:  # in time: networks of which no map can be written
+        for model, path in zip((student, teacher), list(layers.items())[-1]): export_with_map(model, path, _page_side(recipe))
     _examine(teacher, recipe)
     return _Job(new_student, teacher, recipe, layers)
 

@@ -7,15 +7,17 @@ __all__ = []
 
 # %% ../nbs/engine/outcomes.ipynb #a143ce70
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .files import whole_file
+from .metrics import ConfusionMatrix
+from .tensors import eval_mode, logits_of
 from .training import Recipe
 from .voc import voc_classes
 
@@ -79,3 +81,32 @@ def save_students(
     note = _NOTE.format(name=args.student, n_classes=len(vocab), stride=args.output_stride, classes=', '.join(vocab),
                         table=result_table(outcomes))
     with whole_file(folder/'README.txt') as draft: draft.write_text(note, encoding='utf-8')
+
+# %% ../nbs/engine/outcomes.ipynb #8beb4660
+def image_scores(
+    model: nn.Module,  # segmentation network
+    x: Tensor,  # images, (B, 3, H, W)
+    mask: Tensor,  # class indices, int64, (B, H, W)
+) -> list[float]:  # B of them, NaN for an image of nothing but void
+    "The mIoU of each image by itself."
+    with eval_mode(model), torch.no_grad(): logits = logits_of(model(x))
+    return [ConfusionMatrix(logits.shape[1]).update(z[None], m[None]).miou() for z, m in zip(logits, mask)]
+
+def telling_images(
+    models: Mapping[str, nn.Module],  # 'student' and 'distilled student' -> network
+    recipe: Recipe,
+    *,
+    n: int = 64,  # validation images to look at
+) -> tuple[Tensor, Tensor]:  # images, (n, 3, H, W), and masks, (n, H, W), n = 3 where there are so many
+    "The two images with the largest gain, and the one with the largest loss."
+    images, masks, gains = [], [], []
+    for x, mask in recipe.batches().valid:
+        x, mask = x.as_subclass(Tensor), mask.as_subclass(Tensor)
+        before, after = (image_scores(models[name], x, mask) for name in ('student', 'distilled student'))
+        gains += [b - a for a, b in zip(before, after)]
+        images.append(x)
+        masks.append(mask)
+        if len(gains) >= n: break
+    order = torch.tensor(gains).nan_to_num(0).argsort(descending=True).tolist()
+    chosen = list(dict.fromkeys(order[:2] + order[-1:]))  # a list may have fewer than three images
+    return torch.cat(images)[chosen], torch.cat(masks)[chosen]

@@ -3,7 +3,7 @@
     python paired_study.py list                                settings, methods, seeds, and the seconds of a training
     python paired_study.py row 'methods' 'channel KD' 3        trains one row again, prints it beside the kept one
     python paired_study.py go 'methods' --seeds 9              appends what the file does not have
-    python paired_study.py check                               whether each kept row is still what its method is
+    python paired_study.py check                               whether each kept row is still what its method is; on photographs with $CAMKD_WEIGHTS
 
 The settings "methods" and "25 epochs" are drawings, and take two to eight minutes a training on one CPU thread. The others are
 photographs of Pascal VOC 2012 whose names begin with 2007_: $CAMKD_VOC is a tree whose lists train and val hold these
@@ -176,7 +176,8 @@ def show(args):
         print(runs.agg(seeds=('seed', 'nunique'), seconds=('seconds', 'median')).to_string())
 
 def check(args):
-    for setting in ('methods', '25 epochs'):
+    photos = (weights/'mobilenetv2_imagenet.pth').exists()
+    for setting in SETTINGS if photos else ('methods', '25 epochs'):
         made = SETTINGS[setting]()
         run_study(made, sorted(set.intersection(*(set(of) for _, of in read_runs(made.file, setting).groupby('method').seed))))
         print(f'{setting}: each row is what its method is')

@@ -1,6 +1,6 @@
 "What the site asks of Sphinx beyond its parts: formulas as MathML, names of the package as links, words for other sites."
 import re
-from html import escape
+from html import escape, unescape
 from urllib.parse import urljoin
 
 from docutils import nodes
@@ -160,8 +160,9 @@ def add_words(app, pagename, templatename, context, doctree):
     found = {'og:type': 'article', 'og:site_name': app.config.project, 'og:title': heading, 'og:description': words}
     if base := app.config.html_baseurl:
         found |= {'og:url': urljoin(base, f'{pagename}.html'), 'og:image': urljoin(base, '_static/idea.png'), 'og:image:alt': 'Predictions of a teacher, a plain and a distilled student, with their class attention maps'}
-    tags = [f'<meta property="{name}" content="{value if "&" in value else escape(value)}">' for name, value in found.items()]
-    context['metatags'] = (context.get('metatags') or '') + '\n'.join([f'<meta name="description" content="{words}">', *tags])
+    quoted = {name: escape(unescape(value)) for name, value in found.items()}
+    tags = [f'<meta property="{name}" content="{value}">' for name, value in quoted.items()]
+    context['metatags'] = (context.get('metatags') or '') + '\n'.join([f'<meta name="description" content="{quoted["og:description"]}">', *tags])
     context['book'] = sidebar(pagename, context['pathto'], app.config.live_page)
     if 'body' in context: context['body'] = mended(context['body'])
 

@@ -29,7 +29,7 @@ live_page = '''# Try it in the browser
 > Paint a picture: three networks answer, and show where they look, while you paint.
 
 ```{raw} html
-<iframe class="live" src="live/index.html" title="Three networks and their class attention maps" loading="lazy" onload="const page = this.contentDocument; if (page) this.style.height = page.documentElement.scrollHeight + 24 + 'px'"></iframe>
+<iframe class="live" src="live/index.html" title="Three networks and their class attention maps" loading="lazy" onload="const page = this.contentDocument; if (page) new ResizeObserver(() => this.style.height = page.documentElement.offsetHeight + 8 + 'px').observe(page.body)"></iframe>
 <p><a href="live/index.html">Open it alone</a></p>
 ```
 

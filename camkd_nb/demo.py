@@ -118,6 +118,7 @@ def _examine(teacher, recipe):
         print('warning: the teacher is much worse on the training batches; it may do harm. '
               'Try a larger --size, or --scale nearer to 1')
 
+# %% ../nbs/09_demo.ipynb #5c058bf6
 @dataclass
 class _Job:
     "All that a command line asks for, found and checked."
@@ -137,7 +138,8 @@ def _prepare(args):
     teacher = load_teacher(args.teacher, recipe)
     layers = check_pair(student, teacher, recipe, args.layers)
     if args.page is not None:  # in time: networks of which no map can be written
-        for model, path in zip((student, teacher), list(layers.items())[-1]): export_with_map(model, path, _page_side(recipe))
+        for model, path in zip((student, teacher), list(layers.items())[-1]):
+            export_with_map(model, path, _page_side(recipe))
     _examine(teacher, recipe)
     return _Job(new_student, teacher, recipe, layers)
 

@@ -6,98 +6,40 @@
 __all__ = ['write_page']
 
 # %% ../nbs/engine/livepage.ipynb #04ea918c
-import base64, io, json, shutil
+import base64, io, json, shutil, tempfile
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch, torch.nn.functional as F
 from matplotlib import colormaps
 from PIL import Image, ImageOps
 from torch import nn
 
 from .explain import explain_classes
+from .export import export_onnx
 from .files import whole_folder
-from .heads import PSPHead
 from .photos import read_photo
 from .runtime import onnx_package
 from .stages import last_stages
-from .tensors import imagenet_stats
 from .trees import background_class
 from .voc import VOID, voc_palette
 from .webruntime import RUNTIME_LICENCE, WebRuntime, find_web_runtime, packed, runtime_script
 
-# %% ../nbs/engine/livepage.ipynb #54a2e117
-def _matrix(function, n):
-    "A linear map of n values in a row, as a matrix."
-    return torch.cat([function(e[None, None, None])[0, 0] for e in torch.eye(n)]).T
-
-def _resizing(n, to): return _matrix(lambda row: F.interpolate(row, (1, to), mode='bilinear', align_corners=False), n)
-def _pooling(n, to): return _matrix(lambda row: F.adaptive_avg_pool2d(row, (1, to)), n)
-def _both(matrix, maps): return matrix @ maps @ matrix.T
-
-def _gain(part):
-    "What the batch norm of a `conv_norm` multiplies with."
-    norm = part[1]
-    return (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None]
-
-# %% ../nbs/engine/livepage.ipynb #d8aff768
-class _WithMap(nn.Module):
-    "Logits, and the signed class attention map of a PSPNet's features."
-    def __init__(self, model, size):
-        super().__init__()
-        self.model, n = model, model.backbone(torch.zeros(1, 3, size, size)).shape[-1]
-        self.register_buffer('up', _resizing(n, size))
-        for i, b in enumerate(model.head.bins):
-            self.register_buffer(f'pool{i}', _pooling(n, b))
-            self.register_buffer(f'spread{i}', _resizing(b, n))
-
-    def forward(self, image, region, chosen):
-        mean, std = imagenet_stats(image)
-        head, features = self.model.head, self.model.backbone((image - mean) / std)
-        parts = [part(_both(getattr(self, f'pool{i}'), features)) for i, part in enumerate(head.pyramid)]
-        spread = [_both(getattr(self, f'spread{i}'), part) for i, part in enumerate(parts)]
-        last = head.project(torch.cat([features, *spread], 1))
-        score = _both(self.up.T, region[:, None].float()) * head.logits.weight.index_select(0, chosen)
-        weights = self.gradient(score * (last > 0), features.shape[1], parts).mean((2, 3), keepdim=True)
-        return _both(self.up, head.logits(last)), (weights * features).sum(1, keepdim=True)
-
-    def gradient(self, g, width, parts):
-        "From the head's last ReLU back to the features, (1, K, h, w)."
-        head = self.model.head
-        g = F.conv_transpose2d(g * _gain(head.project), head.project[0].weight, padding=1)
-        g, *rest = g.split([width, *(part.shape[1] for part in parts)], 1)
-        for i, (part, layer, r) in enumerate(zip(parts, head.pyramid, rest)):
-            r = _both(getattr(self, f'spread{i}').T, r) * (part > 0) * _gain(layer)
-            g = g + _both(getattr(self, f'pool{i}').T, F.conv_transpose2d(r, layer[0].weight))
-        return g
-
-# %% ../nbs/engine/livepage.ipynb #41c24645
-def check_shown(
-    name: str,  # of the network, for the message
-    model: nn.Module,
-    path: str,  # of the layer
-) -> None:
-    "Raise a `ValueError` unless the map of a layer can be written into a graph."
-    fits = isinstance(getattr(model, 'head', None), PSPHead) and path == last_stages(model)[-1]
-    if not fits: raise ValueError(f'{name}, layer {path!r}: a page shows the last stage of a PSPNet of this package, '
-                                  'such as build_model("pspnet_mobilenet_v2")')
-
+# %% ../nbs/engine/livepage.ipynb #0a6ede2b
 def check_page_packages() -> None:
     "Raise an `ImportError` that names the extra, where a package is missing that writes networks."
-    for package in ('onnx', 'onnxscript'): onnx_package(package)
+    for package in ('onnx', 'onnxscript', 'onnxruntime'): onnx_package(package)
 
-def _exported(name, model, path, size):
-    "An ONNX file with the inputs image, region and class and the outputs logits and maps.<path>."
-    check_shown(name, model, path)
-    whole = _WithMap(deepcopy(model).cpu().float().eval(), size).eval()
-    asked = torch.zeros(1, 3, size, size), torch.ones(1, size, size, dtype=torch.bool), torch.tensor([0])
-    program = torch.onnx.export(whole, asked, dynamo=True, verbose=False, input_names=['image', 'region', 'class'],
-                                output_names=['logits', f'maps.{path}'])
-    return program.model_proto.SerializeToString()
+def export_with_map(
+    model: nn.Module,
+    path: str,  # of the layer
+    size: int,  # side of the pictures, pixels
+) -> bytes:  # an ONNX file
+    "A network with the map of one layer, checked; a `ValueError` where that cannot be written."
+    with tempfile.TemporaryDirectory() as folder:
+        return export_onnx(model, Path(folder)/'network.onnx', size, maps=path).read_bytes()
 
 # %% ../nbs/engine/livepage.ipynb #be1bde7d
 def _is_half(values): return bool((values.astype(np.float16).astype(np.float32) == values).all())
@@ -161,7 +103,7 @@ def _data_script(vocab, examples, size):
 # %% ../nbs/engine/livepage.ipynb #4b0d2c89
 def _network(name, model, path, size):
     "One network as the page loads it."
-    graph = thrifty(_exported(name, model, path, size), model)
+    graph = thrifty(export_with_map(model, path, size), model)
     return dict(name=name, parameters=sum(p.numel() for p in model.parameters()), layer=path, model=packed(graph))
 
 def _networks_script(models, layers, size):
@@ -214,10 +156,10 @@ def write_page(
     "Write a page on which networks answer, and show where they look, while one paints."
     _check_page(models, vocab, size)
     check_page_packages()
-    folder, runtime = check_page_folder(folder), find_web_runtime(runtime)
+    folder, found = check_page_folder(folder), find_web_runtime(runtime)
     scripts = {'data.js': _data_script(vocab, examples or {}, size),
                'networks.js': _networks_script(models, layers, size)}
     with whole_folder(folder) as draft:
-        _write_parts(draft, scripts, runtime)
+        _write_parts(draft, scripts, found)
         if folder.exists(): shutil.rmtree(check_page_folder(folder))
     return folder/'index.html'

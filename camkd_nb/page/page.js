@@ -26,9 +26,10 @@ const camkd = (() => {
   }
 
   function icon(tool) {  // 28 × 28
-    const space = 'http://www.w3.org/2000/svg', svg = document.createElementNS(space, 'svg'), path = document.createElementNS(space, 'path')
-    const corners = shapes[tool] || [regular(24, .45)]
-    path.setAttribute('d', corners.map(points => 'M' + points.map(point => point.map(v => (14 + 11 * v).toFixed(1)).join(' ')).join('L') + 'Z').join(''))
+    const [svg, path] = ['svg', 'path'].map(tag => document.createElementNS('http://www.w3.org/2000/svg', tag))
+    const at = value => (14 + 11 * value).toFixed(1)
+    const line = corners => corners.map(point => point.map(at).join(' ')).join('L')
+    path.setAttribute('d', (shapes[tool] || [regular(24, .45)]).map(corners => `M${line(corners)}Z`).join(''))
     path.setAttribute('fill-rule', 'evenodd')
     svg.setAttribute('viewBox', '0 0 28 28')
     svg.setAttribute('aria-hidden', 'true')
@@ -40,28 +41,34 @@ const camkd = (() => {
   const hidden = text => made('span', {className: 'unseen', textContent: text})
 
   // panels
-  function panel({name, parameters}, k) {
-    const picture = what => made('canvas', {width: size, height: size, ariaLabel: what})
-    const parts = {box: made('article', {className: 'network'}), answer: picture(), map: picture(), said: made('p'), told: made('p'), like: made('p'), cost: made('p', {className: 'cost'})}
-    for (const canvas of [parts.answer, parts.map]) canvas.setAttribute('role', 'img')
-    parts.weights = `${parameters < 1e5 ? (parameters / 1e3).toPrecision(2) + ' thousand' : (parameters / 1e6).toPrecision(2) + ' million'} weights`
+  const counted = n => (n < 1e5 ? `${(n / 1e3).toPrecision(2)} thousand` : `${(n / 1e6).toPrecision(2)} million`)
+
+  function panel({name, parameters}) {
+    const parts = {weights: `${counted(parameters)} weights`, cost: made('p', {className: 'cost'})}
+    for (const row of ['answer', 'map']) {
+      parts[row] = made('canvas', {width: size, height: size})
+      parts[row].setAttribute('role', 'img')
+      parts[row].ariaLabel = `The ${row} of the ${name} is not there yet`
+    }
+    for (const line of ['said', 'told', 'like']) parts[line] = made('p')
     parts.cost.textContent = parts.weights
-    parts.box.append(made('h3', {textContent: name}), parts.cost, parts.answer, parts.said, parts.map, parts.told, parts.like)
-    byId('networks').append(parts.box)
+    const {cost, answer, said, map, told, like} = parts, title = made('h3', {textContent: name})
+    byId('networks').append(made('article', {className: 'network'}, title, cost, answer, said, map, told, like))
     return parts
   }
 
   function shares(answer) {  // [class, share], largest first, without background
     const counts = vocab.map(() => 0)
     for (const c of answer) counts[c] += 1 / answer.length
-    return counts.map((share, c) => [c, share]).filter(([c, share]) => share >= .005 && c !== background).sort((a, b) => b[1] - a[1])
+    const all = counts.map((share, c) => [c, share]), told = all.filter(([c, share]) => share >= .005 && c !== background)
+    return told.sort((a, b) => b[1] - a[1])
   }
 
   function place(map, [height, width]) {  // in words, where a map is largest
     const best = map.indexOf(Math.max(...map)), [row, column] = [Math.floor(best / width), best % width]
     const third = (at, n, names) => names[Math.min(2, Math.floor(3 * (at + .5) / n))]
-    const words = [third(row, height, ['top', '', 'bottom']), third(column, width, ['left', '', 'right'])].filter(Boolean)
-    return words.length ? words.join(' ') : 'middle'
+    const words = [third(row, height, ['top', '', 'bottom']), third(column, width, ['left', '', 'right'])]
+    return words.filter(Boolean).join(' ') || 'middle'
   }
 
   const same = (a, b) => a.reduce((count, c, i) => count + (c === b[i]), 0) / a.length
@@ -71,7 +78,8 @@ const camkd = (() => {
     return dot(a, b) / Math.sqrt(Math.max(dot(a, a) * dot(b, b), 1e-30))
   }
 
-  const sentence = found => found.slice(0, 3).map(([c, share]) => `${vocab[c]} ${percent(share)}`).join(', ') || 'background only'
+  const sentence = found =>
+    found.slice(0, 3).map(([c, share]) => `${vocab[c]} ${percent(share)}`).join(', ') || 'background only'
 
   const labelled = (label, text) => [made('b', {textContent: label}), ` ${text}`]
 
@@ -83,11 +91,12 @@ const camkd = (() => {
   function showResult(result, k, ms) {
     const parts = panels[k], {picture, chosen} = state.sent, first = state.results[0]
     const found = sentence(shares(result.answer)), where = `most at the ${place(result.map, result.shape)}`
+    const told = result.whole ? `no ${vocab[chosen]} found, so of the whole picture` : where
     showAnswer(parts.answer, picture, result.answer, camkdData)
     showMap(parts.map, picture, result, chosen, camkdData)
     parts.found = found
     parts.said.replaceChildren(...labelled('Answer', found))
-    parts.told.replaceChildren(...labelled('Map', result.whole ? `no ${vocab[chosen]} found, so of the whole picture` : where))
+    parts.told.replaceChildren(...labelled('Map', told))
     if (k) parts.like.replaceChildren(...labelled(`Like the ${first.name}`, likeness(result, first)))
     if (ms) parts.cost.textContent = `${parts.weights}, ${Math.round(ms)} ms`
     parts.answer.ariaLabel = `Answer of the ${result.name}: ${found}`
@@ -148,8 +157,9 @@ const camkd = (() => {
   async function settled() {
     if (state.sent || state.wanted || !state.results.length) await new Promise(done => waiting.push(done))
     const {picture, chosen} = state.shown
-    return {size, chosen, pixels: Array.from(picture), networks: state.results.map(({name, answer, whole, map, shape}) =>
-      ({name, answer: Array.from(answer), whole, map: Array.from(map), shape}))}
+    const networks = state.results.map(({name, answer, whole, map, shape}) =>
+      ({name, answer: Array.from(answer), whole, map: Array.from(map), shape}))
+    return {size, chosen, pixels: Array.from(picture), networks}
   }
 
   function choose(c) {
@@ -171,8 +181,12 @@ const camkd = (() => {
   // build
   const board = new Board(byId('picture'), byId('cursor'), size, () => ask())
   const tools = [...Object.keys(shapes).filter(name => vocab.includes(name)), 'brush']
+  function take(tool) {  // and look for it
+    board.tool = tool
+    if (vocab.includes(tool)) choose(vocab.indexOf(tool))
+  }
   for (const [k, tool] of tools.entries())
-    choice('tools', tool, [icon(tool), hidden(tool)], !k, name => { board.tool = name; if (vocab.includes(name)) choose(vocab.indexOf(name)) }).parentElement.title = tool
+    choice('tools', tool, [icon(tool), hidden(tool)], !k, take).parentElement.title = tool
   board.tool = tools[0]
   for (const [k, paint] of paints.entries())
     choice('paints', k, [board.textures[k], hidden(`${paint[0]} ${k + 1}`)], !k, () => { board.paint = k })
@@ -182,22 +196,27 @@ const camkd = (() => {
   byId('version').textContent = camkdRuntime.version
   showBar(byId('bar'), ramp)
   for (const {name, source} of examples) {
-    const image = made('img', {src: source, alt: name, width: 48, height: 48}), button = made('button', {type: 'button'}, image)
+    const image = made('img', {src: source, alt: name, width: 48, height: 48})
+    const button = made('button', {type: 'button'}, image)
     button.addEventListener('click', () => open(image, `The picture that the networks see: ${name}`))
     byId('examples').append(button)
   }
 
-  for (const name of ['radius', 'angle']) byId(name).addEventListener('input', event => { board[name] = +event.target.value; board.show() })
+  for (const name of ['radius', 'angle']) byId(name).addEventListener('input', event => {
+    board[name] = +event.target.value
+    board.show()
+  })
   byId('undo').addEventListener('click', () => board.undo())
   byId('clear').addEventListener('click', () => board.clear())
-  byId('photo').addEventListener('change', event => event.target.files[0] && open(event.target.files[0], 'A photograph of yours'))
+  const openFirst = ({files: [file]}) => file && open(file, 'A photograph of yours')
+  byId('photo').addEventListener('change', event => openFirst(event.target))
   document.addEventListener('keydown', event => {
     if ((event.ctrlKey || event.metaKey) && event.key === 'z') { event.preventDefault(); board.undo() }
   })
   document.addEventListener('dragover', event => event.preventDefault())
   document.addEventListener('drop', event => {
     event.preventDefault()
-    if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0], 'A photograph of yours')
+    openFirst(event.dataTransfer)
   })
 
   // begin

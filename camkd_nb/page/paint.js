@@ -93,15 +93,16 @@ class Board {  // `changed(settled)` is called after every change of the picture
 
   fill(source) {  // a canvas or bitmap, cut to the largest square in its middle
     this.keep()
-    const cut = Math.min(source.width, source.height), [left, top] = [(source.width - cut) / 2, (source.height - cut) / 2]
+    const {width, height} = source, cut = Math.min(width, height), [left, top] = [(width - cut) / 2, (height - cut) / 2]
     this.context.imageSmoothingQuality = 'high'
     this.context.drawImage(source, left, top, cut, cut, 0, 0, this.side, this.side)
     this.changed(true)
   }
 
   clear() {
-    const any = () => '#' + [0, 0, 0].map(() => Math.floor(60 + 160 * Math.random()).toString(16).padStart(2, '0')).join('')
-    this.fill(texture([['stripes', 'checks', 'clouds', 'slope'][Math.floor(4 * Math.random())], any(), any()], this.side))
+    const byte = () => Math.floor(60 + 160 * Math.random()).toString(16).padStart(2, '0')
+    const any = () => `#${byte()}${byte()}${byte()}`, kinds = ['stripes', 'checks', 'clouds', 'slope']
+    this.fill(texture([kinds[Math.floor(4 * Math.random())], any(), any()], this.side))
   }
 
   put() {  // the tool's paint at its place
@@ -145,7 +146,8 @@ class Board {  // `changed(settled)` is called after every change of the picture
 
   place(event) {
     const box = this.cursor.getBoundingClientRect()
-    return [event.clientX - box.left, event.clientY - box.top].map((value, k) => value / [box.width, box.height][k] * this.side)
+    const shares = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height]
+    return shares.map(share => share * this.side)
   }
 
   listen() {

@@ -49,16 +49,22 @@ def _part_weights(parts, n, like):
     start, end = part * n // parts, ((part + 1) * n + parts - 1) // parts
     return ((start <= place) & (place < end)).to(like.dtype) / (end - start).to(like.dtype)
 
+def products(
+    x: Tensor,  # (B, K, h, w)
+    rows: Tensor,  # (H, h)
+    columns: Tensor,  # (W, w)
+) -> Tensor:  # (B, K, H, W)
+    "Linear maps of rows and columns, each as one product with the matrix on the right, which exports as one operator."
+    return ((x @ columns.T).mT @ rows.T).mT
+
 def means_as_products(
     x: Tensor,  # (B, K, h, w)
     output_size: int | tuple[int | None, int | None],  # parts along each axis; None: as many as there are places
 ) -> Tensor:  # (B, K, rows, columns)
     "The means of `F.adaptive_avg_pool2d`, in a form that can be exported for all sizes."
-    rows, columns = (output_size,) * 2 if isinstance(output_size, int) else output_size
-    if rows == columns == 1: return x.mean((-2, -1), keepdim=True)
-    height, width = x.shape[-2:]
-    if rows is not None: x = _part_weights(rows, height, x) @ x
-    return x if columns is None else x @ _part_weights(columns, width, x).T
+    parts = (output_size,) * 2 if isinstance(output_size, int) else output_size
+    if tuple(parts) == (1, 1): return x.mean((-2, -1), keepdim=True)
+    return products(x, *(_part_weights(b or n, n, x) for b, n in zip(parts, x.shape[-2:])))
 
 # %% ../nbs/engine/heads.ipynb #633a09fa
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # PyTorch 2.6 does not tell

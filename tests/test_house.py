@@ -12,7 +12,7 @@ chapters = [path for path in notebooks if path.parent.name == 'engine' or path.p
 # the engine room.
 floors = """explain files lettering photos lists trees 00_voc signs inspection check outlines colours pairs plans gather
             download toytree 01_toyvoc loading views samples 02_data tensors runtime layouts layers probes stages weights heads
-            backbones cost 04_models published watch pixels 03_metrics evaluate regions sums gradients second_order readings methods 05_attention export quantize
+            backbones cost 04_models published watch pixels 03_metrics evaluate regions sums gradients second_order readings methods 05_attention graphs export quantize
             terms asking 06_losses rivals classes inputs pulls teachercheck distiller groups columns unlabelled events
             07_distill identity checkpoint drawing panels 08_figures training teachers webruntime livepage arguments outcomes 09_demo rows study
             pool board explore all""".split()

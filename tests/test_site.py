@@ -84,7 +84,7 @@ def test_those_who_share_a_page_see_its_title(site):
 
 
 def test_the_live_page_is_framed(site):
-    assert 'src="live/index.html"' in html(site, 'live') and 'href="live.html"' in html(site, 'index')
+    assert 'src="live/index.html"' in html(site, 'live') and 'Try it in the browser: paint' in tags.sub('', html(site, 'index'))
 
 
 # The tools by themselves

@@ -36,6 +36,8 @@ live_page = '''# Try it in the browser
 The networks run in this page, on your machine. `camkd-demo --page FOLDER` makes one from networks of your own: see [the main job](/09_demo.ipynb).
 '''
 
+invitation = '[**Try it in the browser**](/live.md): paint a picture, and see what three networks answer and where they look.'
+
 
 class Stage:
     "The folder that Sphinx reads"
@@ -62,7 +64,7 @@ class Stage:
         if page == 'index.ipynb':
             trees = '\n'.join(toctree(entries, caption) for caption, entries in book(self.live).items())
             notebook.cells.append(nbformat.v4.new_markdown_cell(trees))
-            if self.live: notebook.cells.insert(1, nbformat.v4.new_markdown_cell('[**Try it in the browser**](/live.md): paint a picture, and see what three networks answer and where they look.'))
+            if self.live: notebook.cells[0].source = notebook.cells[0].source.replace('\n## ', f'\n{invitation}\n\n## ', 1)
         self.write(page, nbformat.writes(notebook))
 
     def markdown(self, file):

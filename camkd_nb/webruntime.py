@@ -66,8 +66,8 @@ def read_web_runtime(
 def _fetch(npm, file):
     "Let npm fetch the package, and keep it."
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        done = subprocess.run([npm, 'pack', f'onnxruntime-web@{VERSION}', '--silent'], cwd=folder, capture_output=True,
-                              text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run([npm, 'pack', f'onnxruntime-web@{VERSION}', '--silent', '--fetch-retries=0'],
+                              cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         fetched = next(Path(folder).glob('*.tgz'), None)
         if done.returncode or not fetched:
             said = ' '.join(done.stderr.split()[:40]) or f'status {done.returncode}'

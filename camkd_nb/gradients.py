@@ -69,7 +69,7 @@ def score_gradients(
 
 # %% ../nbs/engine/gradients.ipynb #fe04fedd
 def _cut_for(logits, activations, classes, regions):
-    "Where backward passes to the one layer may end early, and their scales and first gradients; None where they may not."
+    "Where backward passes to the one layer may end early, their scales and first gradients; None where they may not."
     if len(activations) > 1 or logits.grad_fn is None: return None
     scales = [region_scale(region) for region in regions.unbind(1)]
     starts = [_first_gradient(logits, classes[:, j], regions[:, j], scale) for j, scale in enumerate(scales)]

@@ -76,7 +76,8 @@ def map_forward(
     "A forward pass in eval mode that records a graph from the first tapped layer on, and no earlier."
     taps = Taps(model, paths, start_graph)
     with _reading_mode(model, second_order):
-        with torch.set_grad_enabled(trains(model, x)), taps: logits = check_axes(logits_of(model(x), output), x.shape[-2:])
+        with torch.set_grad_enabled(trains(model, x)), taps:
+            logits = check_axes(logits_of(model(x), output), x.shape[-2:])
         missing = [path for path in taps.modules if path not in taps.activations]
         if missing: raise ValueError(f'layer {missing[0]!r} did not run in the forward pass: tap one that does')
         if second_order: check_second_order(model, x, logits, taps.activations)

@@ -1,5 +1,5 @@
 "The site: built once from the stored notebooks, then read as a file, by a browser and by axe-core."
-import os, re, subprocess, sys, zlib
+import importlib.util, os, re, subprocess, sys, zlib
 from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
@@ -12,6 +12,7 @@ sys.path.append(str(root/'tools'))
 pytest.importorskip('myst_nb', reason='sphinx and myst-nb are not installed')
 
 import site_api, site_check, site_pages, site_sphinx
+from address import site_address
 from site_book import contents
 from test_browser import artefacts, chromium, quiet
 
@@ -119,6 +120,30 @@ def test_reading_time():
 def test_links_of_prose_alone():
     text = site_pages.relinked('[a](b.md) `[a](b.md)` [`c`](c.md#d) [e](https://e.org) [f](g)', {'b.md': '/b', 'c.md#d': '/c'}.get)
     assert text == '[a](/b) `[a](b.md)` [`c`](/c) [e](https://e.org) f'
+
+
+def command():
+    "tools/site.py, which has the name of a module of Python"
+    spec = importlib.util.spec_from_file_location('site_command', root/'tools/site.py')
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_other_folders_are_not_replaced(tmp_path, monkeypatch, capsys):
+    (tmp_path/'mine.txt').write_text('mine')
+    monkeypatch.setattr(sys, 'argv', ['site.py', '--out', str(tmp_path)])
+    with pytest.raises(SystemExit): command().main()
+    assert 'something else' in capsys.readouterr().err and (tmp_path/'mine.txt').read_text() == 'mine'
+
+
+def test_what_needs_an_address(tmp_path):
+    tool, base = command(), site_address('https://github.com/Someone/camkd_nb')
+    assert base == 'https://someone.github.io/camkd_nb/' and site_address('') == site_address('https://example.org/a/b') == ''
+    assert tool.anywhere('<a href="a/b.html"><a href="#c"><a href="https://e.org">', base) == '<a href="/camkd_nb/a/b.html"><a href="#c"><a href="https://e.org">'
+    for name in 'a.html', '404.html', 'search.html': (tmp_path/name).touch()
+    tool.sitemap(tmp_path, base)
+    assert re.findall('<loc>(.*?)</loc>', (tmp_path/'sitemap.xml').read_text()) == [f'{base}a.html']
 
 
 module = '''"words"

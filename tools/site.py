@@ -24,12 +24,13 @@ lost_page = f'''{orphan}# This page does not exist
 
 Start at [the first page](/index.ipynb), or look for a word with the search field.
 '''
-live_page = '''# Try it in the browser
+fit = "const page = this.contentDocument; if (page) new ResizeObserver(() => this.style.height = page.documentElement.offsetHeight + 8 + 'px').observe(page.body)"
+live_page = f'''# Try it in the browser
 
 > Paint a picture: three networks answer, and show where they look, while you paint.
 
-```{raw} html
-<iframe class="live" src="live/index.html" title="Three networks and their class attention maps" loading="lazy" onload="const page = this.contentDocument; if (page) new ResizeObserver(() => this.style.height = page.documentElement.offsetHeight + 8 + 'px').observe(page.body)"></iframe>
+```{{raw}} html
+<iframe class="live" src="live/index.html" title="Three networks and their class attention maps" loading="lazy" onload="{fit}"></iframe>
 <p><a href="live/index.html">Open it alone</a></p>
 ```
 
@@ -111,16 +112,22 @@ def finish(site, base):
     (site/'.nojekyll').touch()  # on GitHub, folders whose names begin with an underscore are published too
     if not base: return
     sitemap(site, base)
-    lost = site/'404.html'  # it is shown under any address, so its links begin at the root
-    text = re.sub(r'\b(href|src)="(?![a-z]+:|#|/)', rf'\1="{re.sub("^https://[^/]*", "", base)}', lost.read_text(encoding='utf-8'))
-    lost.write_text(text, encoding='utf-8')
+    lost = site/'404.html'
+    lost.write_text(anywhere(lost.read_text(encoding='utf-8'), base), encoding='utf-8')
+
+
+def anywhere(text, base):
+    "A page that is shown under any address: its links begin at the root"
+    folder = re.sub('^https://[^/]*', '', base)
+    return re.sub(r'\b(href|src)="(?![a-z]+:|#|/)', rf'\1="{folder}', text)
 
 
 def sitemap(site, base):
     "The addresses of all pages, for search engines"
-    pages = sorted(path.relative_to(site).as_posix() for path in site.rglob('*.html') if path.name not in ('404.html', 'search.html') and not {'_static', 'live'} & {*path.relative_to(site).parts})
-    lines = [f'<url><loc>{base}{page}</loc></url>' for page in pages]
-    (site/'sitemap.xml').write_text('\n'.join(['<?xml version="1.0" encoding="utf-8"?>', '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">', *lines, '</urlset>', '']), encoding='utf-8')
+    pages = sorted(path.relative_to(site) for path in site.rglob('*.html') if path.name not in ('404.html', 'search.html'))
+    lines = [f'<url><loc>{base}{page.as_posix()}</loc></url>' for page in pages if page.parts[0] not in ('_static', 'live')]
+    head = '<?xml version="1.0" encoding="utf-8"?>', '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
+    (site/'sitemap.xml').write_text('\n'.join([*head, *lines, '</urlset>', '']), encoding='utf-8')
 
 
 def build(site, page=None):

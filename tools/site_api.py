@@ -36,7 +36,8 @@ class Source:
     def __init__(self, module):
         self.module, self.text = module, (package/f'{module}.py').read_text(encoding='utf-8')
         self.tree, self.lines = ast.parse(self.text), self.text.splitlines()
-        self.comments = {token.start[0]: token.string.lstrip('# ') for token in tokenize.generate_tokens(io.StringIO(self.text).readline) if token.type == tokenize.COMMENT}
+        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
+        self.comments = {token.start[0]: token.string.lstrip('# ') for token in tokens if token.type == tokenize.COMMENT}
         self.cells = [(i, *found.groups()) for i, line in enumerate(self.lines, 1) if (found := cell_line.match(line))]
 
     def cell(self, line):
@@ -75,9 +76,9 @@ def parameters(src, arguments, skip=0):
     if arguments.vararg: found.append(('*', arguments.vararg, None))
     found += [('', arg, default) for arg, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
     if arguments.kwarg: found.append(('**', arguments.kwarg, None))
-    last = {arg.end_lineno if default is None else default.end_lineno: arg for _, arg, default in found}  # a comment speaks of the last on its line
-    return [Parameter(stars + arg.arg, src.code(arg.annotation), src.code(default), src.comments.get((default or arg).end_lineno, '') if last.get((default or arg).end_lineno) is arg else '')
-            for stars, arg, default in found]
+    last = {(default or arg).end_lineno: arg for _, arg, default in found}  # a comment speaks of the last on its line
+    says = {arg.arg: src.comments.get(line, '') for line, arg in last.items()}
+    return [Parameter(stars + arg.arg, src.code(arg.annotation), src.code(default), says.get(arg.arg, '')) for stars, arg, default in found]
 
 
 def bracketed(found, keyword_only=()):
@@ -123,10 +124,8 @@ def fields(src, node):
     "The fields of a dataclass, as parameters"
     lines = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id[0] != '_']
     found = [item for item in lines if not (isinstance(item.value, ast.Call) and 'init=False' in src.code(item.value))]
-    def _default(value):
-        text = src.code(value)
-        return re.sub(r'^(?:dataclasses\.)?field\(.*default_factory=(\w+).*\)$', r'\1()', text)
-    return [Parameter(item.target.id, src.code(item.annotation), _default(item.value) if item.value else '', src.comments.get(item.end_lineno, '')) for item in found]
+    def _default(value): return re.sub(r'^field\(.*default_factory=(\w+).*\)$', r'\1()', src.code(value))
+    return [Parameter(item.target.id, src.code(item.annotation), _default(item.value), src.comments.get(item.end_lineno, '')) for item in found]
 
 
 def class_(src, node):

@@ -63,11 +63,13 @@ def listing(folded):
     "The page of a section that is folded away"
     pages = contents()[folded.title]
     rows = [f'| [{title(page)}](/{page}) | {promise(page)} | {minutes(read(page))} min |' for page in pages]
-    return '\n'.join([f'# {folded.title}', '', f'> {apart[folded.title]}', '', '| page | promise | reading time |', '| --- | --- | --- |', *rows, '', toctree(folded.pages)])
+    head = [f'# {folded.title}', '', f'> {apart[folded.title]}', '', '| page | promise | reading time |', '| --- | --- | --- |']
+    return '\n'.join([*head, *rows, '', toctree(folded.pages)])
 
 
 def api_index(reference):
-    rows = [f'| `{module}.{name}` | {site_api.cell_of_table(site_api.describe(module, name).words)} |' for module, names in public_modules().items() for name in names]
+    found = [(module, site_api.describe(module, name)) for module, names in public_modules().items() for name in names]
+    rows = [f'| `{module}.{one.name}` | {site_api.cell_of_table(one.words)} |' for module, one in found]
     return '\n'.join(['# Reference', '', '> Every public name, in the order of the book. `from camkd_nb.all import *` gives them all.', '',
                       '| name | what it does |', '| --- | --- |', *rows, '', toctree(reference.pages)])
 
@@ -77,7 +79,8 @@ def line(entry, here, pathto, depth=1):
     inside = here == entry.name or here in [page.name for page in entry.pages]
     time = f' <span class="minutes">{entry.minutes} min</span>' if entry.minutes else ''
     mark = ' current active' if inside else ''
-    link = f'<a class="reference internal{mark}" href="{pathto(entry.name)}"{" aria-current=page" if here == entry.name else ""}>{escape(entry.title.replace("`", ""))}{time}</a>'
+    words, here_mark = escape(entry.title.replace('`', '')), ' aria-current=page' if here == entry.name else ''
+    link = f'<a class="reference internal{mark}" href="{pathto(entry.name)}"{here_mark}>{words}{time}</a>'
     if not entry.pages: return f'<li class="toctree-l{depth}{mark}">{link}</li>'
     pages = ''.join(line(page, here, pathto, 2) for page in entry.pages)
     toggle = f'<summary aria-label="{entry.title}: its pages"><span class="toctree-toggle"><i class="fa-solid fa-chevron-down"></i></span></summary>'

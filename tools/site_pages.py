@@ -115,8 +115,8 @@ def shown(page, relink):
             for found in heading.findall(cell.source): solution = found.lower().startswith('exercise')
             cells.append(nbformat.v4.new_markdown_cell(relinked(cell.source, relink)))
         elif cell.cell_type == 'code' and (new := shown_code(cell, solution)): cells.append(new)
-    new = nbformat.v4.new_notebook(cells=with_words(cells), metadata={'kernelspec': {'name': 'python3', 'display_name': 'Python 3'}, 'language_info': {'name': 'python'}})
-    return new
+    python = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3'}, 'language_info': {'name': 'python'}}
+    return nbformat.v4.new_notebook(cells=with_words(cells), metadata=python)
 
 
 def relinked(markdown, relink):

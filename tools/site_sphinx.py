@@ -11,6 +11,7 @@ from sphinx.util import logging
 import site_api, site_pages
 from site_book import public_modules, sidebar
 
+picture = 'Predictions of a teacher, a plain and a distilled student, with their class attention maps'
 logger = logging.getLogger(__name__)
 tag = re.compile(r'\\tag\{(\w+)\}')
 # Where the names of other packages are documented.
@@ -159,7 +160,7 @@ def add_words(app, pagename, templatename, context, doctree):
     heading = re.sub(r'<[^>]*>', '', context.get('title') or app.config.html_title)
     found = {'og:type': 'article', 'og:site_name': app.config.project, 'og:title': heading, 'og:description': words}
     if base := app.config.html_baseurl:
-        found |= {'og:url': urljoin(base, f'{pagename}.html'), 'og:image': urljoin(base, '_static/idea.png'), 'og:image:alt': 'Predictions of a teacher, a plain and a distilled student, with their class attention maps'}
+        found |= {'og:url': urljoin(base, f'{pagename}.html'), 'og:image': urljoin(base, '_static/idea.png'), 'og:image:alt': picture}
     quoted = {name: escape(unescape(value)) for name, value in found.items()}
     tags = [f'<meta property="{name}" content="{value}">' for name, value in quoted.items()]
     context['metatags'] = (context.get('metatags') or '') + '\n'.join([f'<meta name="description" content="{quoted["og:description"]}">', *tags])
@@ -178,7 +179,8 @@ def mended(body):
     body = body.replace('<summary aria-label="Toggle hidden content">', '<summary>')  # it says itself what it shows
     body = re.sub(r'<th( [^>]*)?>(?:<p></p>)?</th>', r'<td\1></td>', body)  # the corner of a table is no heading
     # The lines of a signature are a list of meanings without words.
-    return re.sub(r'<dl>\s*((?:<dd>(?:(?!</?dl>).)*</dd>\s*)+)</dl>', lambda found: '<div class="lines">' + found[1].replace('<dd>', '<div>').replace('</dd>', '</div>') + '</div>', body, flags=re.S)
+    def _lines(found): return '<div class="lines">' + found[1].replace('<dd>', '<div>').replace('</dd>', '</div>') + '</div>'
+    return re.sub(r'<dl>\s*((?:<dd>(?:(?!</?dl>).)*</dd>\s*)+)</dl>', _lines, body, flags=re.S)
 
 
 def setup(app):

@@ -39,7 +39,9 @@ def cost_table(
     "What each network costs in eval mode, on the device its parameters are on."
     rows = {}
     for name, model in models.items():
-        net, parameters = copy.deepcopy(model).eval(), list(model.parameters())
+        parameters = list(model.parameters())
+        if not parameters: raise ValueError(f'{name} has no parameters: an exported file is measured by device_table')
+        net = copy.deepcopy(model).eval()
         x = torch.randn(n, 3, size, size, device=parameters[0].device)
         with torch.no_grad(): ops, (_, *seconds) = flops(net, x), [_seconds(net, x) for _ in range(repeats + 1)]
         rows[name] = sum(p.numel() for p in parameters) / 1e6, ops / 1e9, sorted(seconds)[repeats // 2] * 1e3

@@ -20,6 +20,7 @@ from torch import Tensor
 from .cost import latencies
 from .evaluate import evaluate, network_input, photos_in, predict
 from .explain import explain_classes
+from .export import onnx_target
 from .files import whole_file
 from .metrics import ConfusionMatrix
 from .photos import open_picture, read_photo
@@ -44,6 +45,8 @@ def _spread(items, n):
 # %% ../nbs/engine/quantize.ipynb #ed43dc30
 def _side(model, size):
     "The longer side of the images that a file gets, `None`: as they are."
+    if size is not None and not (isinstance(size, int) and size >= 1):
+        raise ValueError(f'size={size!r}: give the pixels of the longer side, or None for the native size')
     fixed = [side for side in model.sides if side is not None]
     return size if size is not None or not fixed else min(fixed)
 
@@ -79,6 +82,9 @@ def _renormalised(dl, x):
     return (rgb - mean) / std
 
 def _from_dls(dls, n):
+    if not hasattr(dls.train_ds, 'items'):
+        raise TypeError(f'DataLoaders of a {type(dls.train_ds).__name__}, whose images cannot be read again without '
+                        'augmentation: give those of voc_dls or of a DataBlock, a VOC tree or a folder of photographs')
     loader = dls.test_dl(_spread(dls.train_ds.items, n))
     def _score(one):
         confusion = None
@@ -113,12 +119,12 @@ _SCOPES = 'pkg.torch.onnx.name_scopes'  # PyTorch's exporter notes there the mod
 def _layers_of(node):
     "The layers that a node belongs to, by dotted path, and its own name."
     said = next((one.value for one in node.metadata_props if one.key == _SCOPES), '[]')
-    return [node.name, *(name for name in ast.literal_eval(said) if name)]
+    return [node.name, *(name.removeprefix('model.') for name in ast.literal_eval(said)[:-1] if name)]
 
 def _kept_nodes(model, keep):
     "Names of the nodes of layers that stay in 32 bits."
     layers, found = {node.name: _layers_of(node) for node in model.graph.node}, []
-    for path in keep:
+    for path in [keep] if isinstance(keep, str) else keep:
         inside = [node for node, names in layers.items() if any(f'.{name}'.endswith(f'.{path}') for name in names)]
         if not inside: raise unknown_name('layer', path, {name for names in layers.values() for name in names[1:]})
         found += inside
@@ -158,9 +164,7 @@ def _write(file, out, reader, keep):
 # %% ../nbs/engine/quantize.ipynb #ce2be4bb
 def _paths(file, out):
     "Both as paths, checked."
-    file, out = Path(file).expanduser(), Path(out).expanduser()
-    if out.is_dir(): raise ValueError(f'{out} is a folder: give the name of a file, such as {out/"small.onnx"}')
-    if not out.parent.is_dir(): raise ValueError(f'{out.parent}: no such folder. Make it first.')
+    file, out = Path(file).expanduser(), onnx_target(out)
     if out.resolve() == file.resolve(): raise ValueError(f'{out} would replace the file of 32 bits: give another name')
     return file, out
 
@@ -200,7 +204,7 @@ def quantize_onnx(
     *,
     n: int = 64,  # images to calibrate on
     size: int | None = None,  # longer side of the photographs as the file gets them, pixels; None: as they are
-    keep: Sequence[str] = (),  # layers that stay in 32 bits, by dotted path, such as 'head.logits'
+    keep: str | Sequence[str] = (),  # layers that stay in 32 bits, by dotted path, such as 'head.logits'
     most: float | None = None,  # largest loss accepted; None: 1 point of mIoU, or 5 % of the pixels
     progress: bool = True,  # of a VOC tree: show progress bars
 ) -> pd.DataFrame:  # rows '32 bits' and '8 bits': size of the file, score, latency on one thread

@@ -28,6 +28,7 @@ def onnx_package(
 def _session(file, threads):
     "A file, loaded by onnxruntime."
     runtime = onnx_package('onnxruntime')
+    if threads < 1: raise ValueError(f'threads={threads}: give a number of threads, 1 or more')
     if not file.is_file(): raise FileNotFoundError(f'{file}: no such file. Make one with export_onnx(model, file).')
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads

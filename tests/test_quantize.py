@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from PIL import Image
 from torch import nn
@@ -109,11 +111,14 @@ def test_what_is_no_source(file, tree, tmp_path):
     refused('have palettes, as masks have', tree/'SegmentationClass')
     refused('no such folder', tmp_path/'nowhere')
     refused('images is a list', [1], TypeError)
-    refused('no such folder. Make it first', tree, out=tmp_path/'new/out.onnx')
+    refused('is no folder: make it', tree, out=tmp_path/'new/out.onnx')
     refused('n=0: give the number', tree, n=0)
     refused('is no ONNX file', tree, given=tmp_path/'not.onnx')
     refused('no such file', tree, FileNotFoundError, given=tmp_path/'missing.onnx')
-    refused("no layer 'heads'", tree, keep=['heads'])
+    refused("no layer 'heads': did you mean 'head'", tree, keep='heads')
+    refused("size='a'", tree, size='a')
+    plain = DataLoader([(torch.rand(3, 8, 8), torch.zeros(8, 8).long())] * 4, bs=2)
+    refused('cannot be read again', DataLoaders(plain, plain), TypeError)
 
 
 def test_eight_bits_twice(small, tree, tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../nbs/engine/export.ipynb #675e88b6
+# %% ../nbs/engine/export.ipynb #8ee1c225
 import copy, json, warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from .layers import Taps, run_eagerly, unwrapped
 from .runtime import onnx_package
 from .tensors import Read, logits_of, notice_probabilities, resize
 
-# %% ../nbs/engine/export.ipynb #420136a2
+# %% ../nbs/engine/export.ipynb #bf92f0d1
 class _Detached(TorchFunctionMode):
     "Inside the block, tensors that have a graph can be copied."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -42,9 +42,12 @@ def deployable(
     try:
         with _Detached(): net = copy.deepcopy(inner)
     except Exception as error: raise TypeError(f'{type(inner).__name__} cannot be copied: {error}') from error
+    for module in list(net.modules()):  # of fastai's U-Net: makes a class of tensors that cannot be traced
+        for name, child in module.named_children():
+            if type(child).__name__ == 'ToTensorBase': module._modules[name] = nn.Identity()
     return net.cpu().float().eval().requires_grad_(False)
 
-# %% ../nbs/engine/export.ipynb #88cf2a01
+# %% ../nbs/engine/export.ipynb #e97d31f8
 def onnx_target(
     file: str | Path,  # where the file is to appear
 ) -> Path:
@@ -73,7 +76,7 @@ def _class_names(vocab, n_classes):
     if len(names) == n_classes: return names
     raise ValueError(f'vocab has {len(names)} names, and the network {n_classes} classes: give one name a class')
 
-# %% ../nbs/engine/export.ipynb #339e3c47
+# %% ../nbs/engine/export.ipynb #f25d4e80
 SIZES = (64, 96), (65, 97), (96, 64), (33, 129), (128, 128)  # where a file for any size is compared
 
 def trial_picture(
@@ -98,7 +101,7 @@ def _answers(net, sides):
     raise ValueError(f'the network fails on an image of {h}×{w} pixels: {error}. '
                      'Give the size that it takes, such as size=224') from error
 
-# %% ../nbs/engine/export.ipynb #294a36f0
+# %% ../nbs/engine/export.ipynb #ef5355cd
 def _layouts(net, paths, image):
     "How the outputs of named layers are laid out."
     with Taps(net.model, paths) as taps, torch.no_grad(): net.model(net.normalised(image))
@@ -119,7 +122,7 @@ def _cases(net, sides, maps):
     asked = [_asked(net, layouts, image, n, logits.shape[1]) for n, (image, logits) in enumerate(answers)]
     return [(inputs, {'logits': logits} | found) for (inputs, found), (_, logits) in zip(asked, answers)], layouts
 
-# %% ../nbs/engine/export.ipynb #062d15b6
+# %% ../nbs/engine/export.ipynb #d46330bb
 def _reason(error):
     "What went wrong at first."
     while error.__cause__ is not None: error = error.__cause__
@@ -143,7 +146,7 @@ def traced(
             raise ValueError(f'PyTorch {torch.__version__} cannot export the network: {_reason(error)}') from error
     return done.model_proto
 
-# %% ../nbs/engine/export.ipynb #afa373f6
+# %% ../nbs/engine/export.ipynb #bbc3703a
 _OPEN = (0, 2, 3), (0, 1, 2), (0,)  # axes of image, region and class
 _AXES = {0: 'the number of images', 2: 'the height', 3: 'the width'}
 
@@ -165,7 +168,7 @@ def _graph(net, sides, layouts, case):
     if not sides: _check_open(proto.graph)
     return proto
 
-# %% ../nbs/engine/export.ipynb #dc04cc67
+# %% ../nbs/engine/export.ipynb #38ad86f1
 _KEPT = 'pkg.torch.onnx.name_scopes',  # which layer a node belongs to
 
 def _describe_file(proto, said):
@@ -178,7 +181,7 @@ def _describe_file(proto, said):
     for key, value in (dict(said) | {'camkd_nb': __version__}).items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
 
-# %% ../nbs/engine/export.ipynb #f581b6a8
+# %% ../nbs/engine/export.ipynb #dd41ceaa
 LOGITS_APART, MAPS_APART = 1e-3, 1e-2  # of the span of the network's values
 
 def session_of(
@@ -210,7 +213,7 @@ def compare(
                          f'span of {span:.3g}, on an image of {height}×{width} pixels. A file for one size may be '
                          f'right: give size=({height}, {width})')
 
-# %% ../nbs/engine/export.ipynb #a9fac636
+# %% ../nbs/engine/export.ipynb #204ae898
 def export_onnx(
     model: nn.Module,  # images with ImageNet's normalisation to logits (B, C, H, W); left as it is
     file: str | Path,  # where the file is to appear, such as 'student.onnx'

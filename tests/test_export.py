@@ -1,0 +1,130 @@
+"""ONNX files answer as their networks do, or do not appear."""
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from fastai.layers import ToTensorBase
+from torch import nn
+
+from camkd_nb.attention import class_attention
+from camkd_nb.export import compare, export_onnx, session_of
+from camkd_nb.heads import ASPPHead, PSPHead
+from camkd_nb.models import SegmentationModel
+from camkd_nb.tensors import imagenet_stats
+
+sizes = (40, 48), (41, 65), (64, 32), (33, 100), (72, 72)
+
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+
+def features(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(inplace=True))
+
+
+def little(head=PSPHead):
+    "A network of this package in miniature, with statistics of its own"
+    model = SegmentationModel(features(), head(8, 4, width=8, dropout=.5))
+    with torch.no_grad(): model(torch.randn(4, 3, 32, 32))
+    return model
+
+
+def opened(file):
+    import onnx
+    return session_of(onnx.load(file))
+
+
+def normalised(image):
+    mean, std = imagenet_stats(image)
+    return (image - mean) / std
+
+
+def state(model): return [(m.training, len(m._forward_hooks)) for m in model.modules()], [(p.requires_grad, p.grad, p.dtype) for p in model.parameters()]
+
+
+def test_any_size(tmp_path):
+    "Logits and maps, at sizes that the export did not compare; the page does so with a pyramid"
+    model = little(partial(ASPPHead, rates=()))
+    before = state(model)
+    session = opened(export_onnx(model, tmp_path/'net.onnx', maps='backbone.2', vocab=list('abcd')))
+    assert state(model) == before and [file.name for file in tmp_path.iterdir()] == ['net.onnx']
+    said = session.get_modelmeta().custom_metadata_map
+    assert [json.loads(said[key]) for key in ('classes', 'layers')] == [list('abcd'), ['backbone.2']] and said['normalises'] == 'imagenet'
+    for n, size in enumerate(sizes):
+        image = torch.rand(2, 3, *size)
+        region, chosen = image[:, 0] > .4, torch.tensor([n % 4, -1])
+        want = class_attention(model, normalised(image), layers='backbone.2', region=region, classes=chosen[:, None], signed=True)
+        asked, maps = {'image': image, 'region': region, 'class': chosen}, want.maps['backbone.2'].detach()
+        compare(session, asked, {'logits': want.logits, 'maps.backbone.2': maps})
+        assert maps[0].any() and not maps[1].any()
+
+
+def test_maps_behind_a_pyramid(tmp_path):
+    model, image = little(PSPHead), torch.rand(1, 3, 33, 52)
+    session = opened(export_onnx(model, tmp_path/'maps.onnx', (33, 52), maps='backbone.4'))
+    region, chosen = image[:, 0] > .4, torch.tensor([1])
+    want = class_attention(model, normalised(image), layers='backbone.4', region=region, classes=[1], signed=True).maps['backbone.4']
+    compare(session, {'image': image, 'region': region, 'class': chosen}, {'maps.backbone.4': want.detach()})
+
+
+def test_a_network_of_ones_own(tmp_path):
+    "In half precision, inside a wrapper, compiled, with an output of its own"
+    model = nn.DataParallel(Named().half())
+    model.module.net.compile(backend='eager')
+    before = state(model)
+    session = opened(export_onnx(model, tmp_path/'own.onnx', (24, 30), output=lambda found: found['scores'], maps='net.1'))
+    assert [one.shape for one in session.get_outputs()] == [[1, 3, 24, 30], [1, 1, 12, 15]]
+    assert state(model) == before
+    with pytest.raises(TypeError, match="keys \\['scores', 'aux'\\]"): export_onnx(model, tmp_path/'no.onnx', 24)
+    assert [file.name for file in tmp_path.iterdir()] == ['own.onnx']
+
+
+class Frozen(nn.Module):
+    "Pools as a file for one size would"
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+    def forward(self, x):
+        x = self.conv(x)
+        return x + nn.functional.interpolate(torch.ops.aten._adaptive_avg_pool2d(x, (2, 2)), x.shape[-2:])
+
+
+def test_wrong_files_do_not_appear(tmp_path):
+    "And a file that was there stays"
+    file, model = tmp_path/'net.onnx', Frozen()
+    file.write_text('old')
+    before = state(model)
+    with pytest.raises(ValueError, match=r'would be wrong: its logits differ .* of a span of .* on an image of 64×96'): export_onnx(model, file)
+    assert file.read_text() == 'old' and state(model) == before and list(tmp_path.iterdir()) == [file]
+    pool = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 3, 1))
+    with pytest.raises(ValueError, match="operator 'max_pool2d_with_indices', which lies between '0' and the logits"): export_onnx(pool, file, 24, maps='0')
+    assert file.read_text() == 'old'
+
+
+@pytest.mark.parametrize('options, error, says', [
+    (dict(file='net.pt'), ValueError, 'ends in .onnx'), (dict(file='missing/net.onnx'), ValueError, 'is no folder'), (dict(file='there.onnx'), ValueError, 'is a folder'),
+    (dict(size=0), ValueError, 'side of a square'), (dict(size=(3, 4, 5)), ValueError, 'side of a square'), (dict(size='96'), ValueError, 'side of a square'),
+    (dict(maps='backbone.33'), ValueError, "did you mean 'backbone.3'"), (dict(maps=[]), ValueError, 'no layers given'),
+    (dict(vocab=['a', 'b']), ValueError, '2 names, and the network 4'), (dict(vocab='abcd'), TypeError, 'list of texts'),
+    (dict(model=torch.zeros(1)), TypeError, 'is no network'), (dict(output=lambda z: z.argmax(1)), ValueError, 'give a batch'),
+], ids=str)
+def test_refused_before_any_work(options, error, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.export, 'export', None)
+    (tmp_path/'there.onnx').mkdir()
+    options = dict(model=little(), file='net.onnx') | options
+    with pytest.raises(error, match=says): export_onnx(options.pop('model'), tmp_path/options.pop('file'), **options)
+
+
+def test_without_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(ImportError, match=r'pip install "camkd_nb\[export\]"'): export_onnx(little(), tmp_path/'net.onnx')
+
+
+def test_a_network_that_takes_one_size(tmp_path):
+    class Picky(nn.Conv2d):
+        def forward(self, x):
+            if x.shape[-2:] != (20, 28): raise ValueError('20 × 28 pixels, please')
+            return super().forward(x)
+    with pytest.raises(ValueError, match='fails on an image of 64×96 pixels: 20 × 28 pixels, please'): export_onnx(Picky(3, 2, 1), tmp_path/'net.onnx')

@@ -47,7 +47,7 @@ def _source(edge, pools=False):
 def _is_plain(node):
     "Whether a node is a convolution in two dimensions, without groups."
     return (node.name() == 'ConvolutionBackward0' and not node._saved_transposed and node._saved_groups == 1
-            and len(node._saved_stride) == 2)
+            and {len(node._saved_stride), len(node._saved_padding), len(node._saved_dilation)} == {2})
 
 def _is_pointwise(node): return tuple(node._saved_weight.shape[2:]) == (1, 1) and not any(node._saved_padding)
 
@@ -57,6 +57,16 @@ def _inputs(node):
     joint = _source(edge)[0]
     joined = joint is not None and joint.name() == 'CatBackward0' and joint._saved_dim in (1, 2**64 - 3)
     return [_source(one) for one in joint.next_functions] if joined else [_source(edge, _is_pointwise(node))]
+
+def _behind(edges, layer):
+    "All edges that gradients pass from these on, no further than the layer."
+    todo, seen = [tuple(edge[:2]) for edge in edges], set()
+    while todo:
+        edge = todo.pop()
+        if edge[0] is None or edge in seen: continue
+        seen.add(edge)
+        if edge != layer: todo += edge[0].next_functions
+    return seen
 
 # %% ../nbs/engine/sums.ipynb #d6b1515f
 @dataclass
@@ -77,12 +87,14 @@ def _part(edge, channels, node, layer, like):
     return Part(channels, None, GradientEdge(*edge))
 
 def _parts(node, layer, like):
-    "The parts of a convolution's input, if the layer is one of them."
+    "The parts of a convolution's input that gradients pass on the way to the layer, if it is one of them itself."
     inputs, parts, first = _inputs(node) if _is_plain(node) else [], [], 0
     if layer not in inputs or any(edge[0] is None for edge in inputs): return []
-    for edge in inputs:
-        n = like.shape[1] if edge == layer else edge[0]._input_metadata[edge[1]].shape[1]
-        parts.append(_part(edge, slice(first, first + n), node, layer, like))
+    sizes = [edge[0]._input_metadata[edge[1]].shape for edge in inputs]
+    if any(len(size) != 4 for size in sizes): return []  # nothing, which may be joined with anything
+    for edge, size in zip(inputs, sizes):
+        n = like.shape[1] if edge == layer else size[1]
+        if layer in _behind([edge], layer): parts.append(_part(edge, slice(first, first + n), node, layer, like))
         first += n
     return parts
 
@@ -97,10 +109,13 @@ class Cut:
 
 def _ends(cut): return [*cut.pools, *(node for node, _ in cut.convs)]
 
-def _all_ends(cut): return [] if cut is None else _ends(cut) + _all_ends(cut.deeper)
+def _is_apart(node, ends, layer):
+    "Whether gradients pass a convolution through its input alone, and to no other end."
+    data, *others = node.next_functions
+    return layer not in _behind(others, layer) and not any(node in ends for node, _ in _behind([data], layer))
 
 def _walked(edges, layer, like):
-    "One level of a cut; None where the layer itself is met."
+    "One level of a cut; None where the layer itself is met, or one end behind another."
     cut, todo, seen = Cut(list(edges)), list(edges), set()
     while todo:
         edge = _source(todo.pop())
@@ -110,20 +125,21 @@ def _walked(edges, layer, like):
         if _is_pool(edge[0]) and _source(edge[0].next_functions[0]) == layer: cut.pools.append(edge[0])
         elif parts := _parts(edge[0], layer, like): cut.convs.append((edge[0], parts))
         else: todo += edge[0].next_functions
-    return cut
+    return cut if all(_is_apart(node, _ends(cut), layer) for node, _ in cut.convs) else None
 
 def _cut(edges, layer, like):
     cut = _walked(edges, layer, like)
     onward = [part.onward for _, parts in cut.convs for part in parts if part.onward] if cut else []
     if not onward: return cut
     cut.deeper = _cut(onward, layer, like)
-    return None if cut.deeper is None or {*_ends(cut)} & {*_all_ends(cut.deeper)} else cut
+    return cut if cut.deeper else None
 
 def find_cut(
     start: Tensor | GradientEdge,  # where the backward pass begins, attached to the layer
     layer: Tensor,  # (B, K, h, w)
 ) -> Cut | None:  # None: there is none, or no convolution to save
     "Where a backward pass may end that is asked for sums over the layer's positions alone."
+    if layer._backward_hooks: return None  # they ask for the gradient itself
     edge = get_gradient_edge(start) if isinstance(start, Tensor) else start
     cut = _cut([edge], tuple(get_gradient_edge(layer)[:2]), at_least_single(layer.detach()))
     return cut if cut and cut.convs else None
@@ -152,6 +168,12 @@ def _add_up(cut, given, k):
             else: onward.append(one.to(gradient.dtype).chunk(k))
     return total, [list(one) for one in zip(*onward)]
 
+def _filled(gradient, end):
+    "The gradient at an end, or zeros where a function on the way to it has none."
+    if gradient is not None: return gradient
+    made = end.node._input_metadata[0]
+    return torch.zeros(made.shape, dtype=made.dtype, device=made.device)
+
 def summed_gradients(
     cut: Cut,
     firsts: list[list[Tensor]],  # for each of k questions: the gradients at the cut's edges
@@ -161,9 +183,9 @@ def summed_gradients(
 ) -> Tensor:  # (k·B, K), float32 or better
     "Sums of the layer's gradient over its positions, one question after the other."
     ends, k = [GradientEdge(node, 0) for node in _ends(cut)], len(firsts)
-    each = [torch.autograd.grad(cut.edges, ends, first, create_graph=second_order,
+    each = [torch.autograd.grad(cut.edges, ends, first, create_graph=second_order, allow_unused=True,
                                 retain_graph=keep_graph or second_order or j + 1 < k) for j, first in enumerate(firsts)]
-    given = [torch.cat(gradients) for gradients in zip(*each)]
+    given = [torch.cat([_filled(one, end) for one in gradients]) for *gradients, end in zip(*each, ends)]
     with full_precision(given[0]), torch.set_grad_enabled(second_order and torch.is_grad_enabled()):
         total, onward = _add_up(cut, given, k)
     if cut.deeper is None: return total

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from camkd_nb.attention import class_attention
 from camkd_nb.evaluate import network_input
+from camkd_nb.gradients import mean_gradients, scaled_gradients, score_gradients
 from camkd_nb.layers import Taps
 from camkd_nb.losses import ClassAttention
 from camkd_nb.methods import METHODS, needs_gradients
@@ -153,6 +154,45 @@ def test_a_network_without_second_derivatives_is_named_before_backward():
             ClassAttention(layers=layer)(step_of(model, teacher, x, mask))
     ClassAttention(layers=layer, second_order=False)(step_of(model, teacher, x, mask)).backward()
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+# Heads that read the graph of a layer in more than one way
+
+class NoWayBack(torch.autograd.Function):
+    "A sum whose second part gets no gradient"
+    @staticmethod
+    def forward(ctx, x, y): return x + y
+    @staticmethod
+    def backward(ctx, g): return g, None
+
+
+def hooked(x):
+    x.register_hook(lambda g: 2 * g)
+    return x
+
+
+HEADS = {  # of the layer, a map from in front of it, and weights (4, 4, 1, 1)
+    'a mean used twice': lambda a, early, w: F.conv2d(m := a.mean((2, 3), keepdim=True), w) * m.sigmoid() + F.conv2d(a, w),
+    'weights made of the layer': lambda a, early, w: F.conv2d(a, w * a.mean((2, 3), keepdim=True)[:1].tanh()),
+    'a bias made of the layer': lambda a, early, w: F.conv2d(a, w, a.mean((0, 2, 3)).tanh()),
+    'an earlier map beside it': lambda a, early, w: F.conv2d(torch.cat([early, a], 1), torch.cat([w, w.tanh()], 1)),
+    'an earlier map enlarged': lambda a, early, w: F.conv2d(torch.cat([F.interpolate(early[..., :2, :2], (5, 6), mode='bilinear'), a], 1), torch.cat([w, w], 1)),
+    'a function with no way back': lambda a, early, w: NoWayBack.apply(F.conv2d(a, w), F.conv2d(a, 2 * w)),
+    'a hook': lambda a, early, w: F.conv2d(hooked(a), w)}
+
+
+@pytest.mark.parametrize('head', HEADS)
+@pytest.mark.parametrize('second_order', [False, True])
+def test_means_are_those_of_the_gradient(head, second_order):
+    x, w = torch.randn(2, 4, 5, 6).double(), torch.randn(4, 4, 1, 1).double().requires_grad_()
+    ask = dict(classes=torch.tensor([[1, 2], [3, -1]]), regions=torch.rand(2, 2, 5, 6) > .5)
+    def derivatives(means):
+        early = F.conv2d(x, w)
+        a = early.tanh()
+        m = means(HEADS[head](a, early, w).tanh().expand(-1, -1, 5, 6), {'a': a}, **ask, second_order=second_order, keep_graph=True)
+        return [m, *(torch.autograd.grad((m * m.detach().cos()).sum(), [w, a]) if second_order else [])]
+    def plain(*args, **kwargs): return torch.stack([g['a'].mean((2, 3)) for g in score_gradients(scaled_gradients(*args, **kwargs))], 1)
+    for ours, truth in zip(derivatives(lambda *args, **kwargs: mean_gradients(*args, **kwargs)['a']), derivatives(plain), strict=True): assert same(ours, truth)
 
 
 # Checkpoints

@@ -90,7 +90,7 @@ def imported(path):
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import): found |= {alias.name.partition('.')[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level: found.add(node.module.partition('.')[0])
-        elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'onnx_package': found.add(node.args[0].value.partition('.')[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'onnx_package' and isinstance(node.args[0], ast.Constant): found.add(node.args[0].value.partition('.')[0])
     return found - sys.stdlib_module_names - {'camkd_nb'}
 
 

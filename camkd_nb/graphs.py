@@ -62,9 +62,8 @@ _aten = torch.ops.aten
 
 def _convolution_backward(g, x, weight, _, stride, padding, dilation, transposed, __, groups, ___):
     "The gradient of a convolution's input."
-    if transposed: return _aten.convolution(g, weight, None, stride, padding, dilation, False, [0, 0], groups), None, None
-    room = [step - 1 for step in stride]
-    g = _aten.convolution(g, weight, None, stride, padding, dilation, True, room, groups)
+    room = [0 if transposed else step - 1 for step in stride]
+    g = _aten.convolution(g, weight, None, stride, padding, dilation, not transposed, room, groups)
     return g[..., :x.shape[-2], :x.shape[-1]] if any(room) else g, None, None
 
 # %% ../nbs/engine/graphs.ipynb #94e41b26

@@ -1,11 +1,14 @@
-"The commands that the study's page gives: each script exists, and knows the options."
+"The commands that the study's page gives: each script exists, and knows the options. The gains that the pages tell: they are those of the rows."
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+
+from camkd_nb.study import interval, read_runs
 
 root = Path(__file__).resolve().parents[1]
 page = nbformat.read(root/'nbs/benchmarks/05_study.ipynb', as_version=4)
@@ -24,3 +27,71 @@ def test_scripts_know_the_options_of_their_commands(script, monkeypatch, capsys)
         with pytest.raises(SystemExit) as left: runpy.run_path(str(root/script), run_name='__main__')
         said = capsys.readouterr().out
         assert left.value.code == 0 and said.startswith('usage') and all(option in said for option in options)
+
+
+# --- the numbers in the text of tutorial 03 and of the first page ---
+def rows(file, setting=None): return read_runs(root/'nbs/results'/file, setting)
+
+
+def frontier():
+    found = pd.read_csv(root/'nbs/results/frontier.csv').rename(columns={'form': 'method'}).query('epochs == 40')
+    return found.assign(miou=found.miou / 100)
+
+
+SIGNED, BOTH = 'signed class attention', 'channel KD + signed class attention'
+TOLD = {
+    ('toy.csv', 'methods'): [
+        (SIGNED, 'none', 5, 7.1, 5.2, 8.9), ('as by default', 'none', 3, 7.4, 3.7, 11.2), ('signed, first order', 'none', 3, 4.2, -1.0, 9.3),
+        ('ReLU, first order', 'none', 3, 2.6, -8.1, 13.4), (SIGNED, 'shuffled maps', 5, 8.1, 2.6, 13.6), ('untrained teacher', 'none', 3, -14.1),
+        (SIGNED, 'attention transfer', 5, 3.2, -2.6, 9.0), (SIGNED, 'pixel KD', 5, 2.0, -2.1, 6.2), ('channel KD', SIGNED, 5, 6.0, 2.7, 9.3),
+        ('channel KD', 'student twice as wide', 3, 9.3), (SIGNED, 'student twice as wide', 3, 2.7, -3.2, 8.6), ('channel KD', 'none', 5, 13.1, 10.7, 15.4)],
+    ('voc.csv', 'pspnet, 100 images'): [
+        (SIGNED, 'none', 8, 1.8, .8, 2.8), (SIGNED, 'shuffled maps', 3, 4.0, 3.8, 4.2), (SIGNED, 'attention transfer', 3, 1.1, -.8, 3.1),
+        (BOTH, 'none', 5, 3.9, 2.5, 5.2), (BOTH, 'channel KD', 5, 2.1, 1.6, 2.5), ('channel KD + as by default', 'none', 3, 3.6, -.2, 7.4),
+        ('channel KD', 'none', 5, 1.8, 0, 3.6)],
+    ('voc.csv', 'pspnet, 50 images, 40 epochs'): [(BOTH, 'channel KD', 3, 1.5)],
+    ('voc.csv', 'pspnet, 311 images, 7 epochs'): [(BOTH, 'channel KD', 3, 1.2), (SIGNED, 'none', 3, 1.6, -1.5, 4.8)],
+    ('voc.csv', 'pspnet, half untrained, 100 images'): [('channel KD', 'none', 3, 2.1, 1.3, 2.8), (SIGNED, 'none', 3, -1.0, -1.7, -.3)],
+    ('voc.csv', 'deeplabv3, 100 images'): [
+        (BOTH, 'channel KD', 3, 2.1, -.5, 4.7), ('attention transfer', 'none', 3, 3.1, 2.2, 4.0), (SIGNED, 'none', 3, 1.1, -1.4, 3.7)],
+    ('small_student_gpu.csv', '311 + 550 labelled, 2500 steps'): [('channel KD', 'none', 2, 4.8, 3.0, 6.5)],
+    ('frontier.csv', ''): [
+        ('channel KD', 'class attention', 4, 8.7, -3.2, 20.6), ('class attention', 'pixel KD', 4, 7.2, .9, 13.6), ('first order', 'class attention', 4, -11.6, -16.6, -6.6),
+        ('every 2nd batch', 'class attention', 4, -4.7, -12.4, 3.0), ('one class', 'class attention', 4, -2.3, -4.8, .1)],
+}
+
+
+@pytest.mark.parametrize('file, setting, told', [(*of, told) for of, all_told in TOLD.items() for told in all_told])
+def test_gains_in_the_text_are_those_of_the_first_seeds(file, setting, told):
+    "Rows that are appended later do not change them."
+    method, other, seeds, *numbers = told
+    points = 100 * (frontier() if file == 'frontier.csv' else rows(file, setting)).pivot(index='seed', columns='method', values='miou')
+    gap = (points[method] - points[other]).dropna()[:seeds]
+    assert len(gap) == seeds
+    assert [gap.mean(), *interval(gap)][:len(numbers)] == pytest.approx(numbers, abs=.06)
+
+
+def test_unlabelled_photographs_against_the_labelled_ones_alone():
+    more, alone = (100 * rows('voc.csv', setting).query('seed < 2').pivot(index='seed', columns='method', values='miou')
+                   for setting in ('pspnet, 100 images and 211 without labels', 'pspnet, 100 images'))
+    lift = more['channel KD'] - alone['channel KD']
+    assert [*lift, lift.mean(), (more - alone)[SIGNED].mean()] == pytest.approx([8.5, 4.6, 6.5, -4.5], abs=.06)
+
+
+def test_best_weights_at_the_end_of_their_grids():
+    tried = pd.read_json(root/'nbs/results/tuned_gpu.jsonl', lines=True, precise_float=True)
+    grid, best = tried[tried.tuning].groupby('method').weight, tried[~tried.tuning].query('seed == 0').set_index('method')
+    inside = {name: grid.get_group(name).min() < best.weight[name] < grid.get_group(name).max() for name in ('channel KD', 'feature KD', 'class attention')}
+    assert inside == {'channel KD': False, 'feature KD': False, 'class attention': True}
+    gains = 100 * (best.miou - best.miou['none'])
+    assert gains[['channel KD', 'class attention', 'channel KD + class attention']].tolist() == pytest.approx([3.2, 2.6, .9], abs=.06)
+
+
+def test_times_in_the_text_are_those_of_one_code():
+    found = pd.read_csv(root/'nbs/results/frontier.csv')
+    cpu = found.query('epochs == 40').pivot(index='seed', columns='form', values='cpu').loc[:2]
+    ratio = cpu.div(cpu['pixel KD'], axis=0).median()
+    told = [ratio['channel KD'], 1 - ratio['one class'] / ratio['class attention'], (cpu['class attention'] / cpu['none']).median()]
+    assert told == pytest.approx([1.02, .11, 2.7], abs=.03)
+    equal = pd.concat([found.query('epochs != 40').pivot(index='seed', columns='form', values='cpu'), cpu[['pixel KD', 'channel KD']]], axis=1).loc[:1]
+    assert (equal.max(axis=1) < 1.2 * equal.min(axis=1)).all() and (equal.idxmax(axis=1) == 'none').all()

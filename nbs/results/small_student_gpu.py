@@ -7,7 +7,7 @@ The student is MobileNetV2 cut after block 13, pretrained on ImageNet, with a sm
 Its teacher is a DeepLabV3 on MobileNetV2 for the classes of VOC: 2.11 million. $CAMKD_VOC is a tree whose photographs
 have a long side of 400 pixels, with the lists train, val, more, trainmore, tune and train_less_tune; $CAMKD_WEIGHTS holds
 mobilenetv2_imagenet.pth and deeplabv3_mobilenetv2_voc.pth. The rows were made with the 311 and 321 images of VOC 2012
-whose names begin with 2007_ and 550 more, chosen so that all classes beside the six well represented ones are in.
+whose names begin with 2007_ and 550 more: all show one of the six well represented classes, and 310 another class too.
 
 Each process augments every n-th photograph, sends the crops through the frozen first blocks of both networks and writes
 its part; then all load all parts to the card, measure the speed of the methods under full load, choose the number of steps

@@ -23,6 +23,7 @@ from .files import whole_folder
 from .photos import read_photo
 from .runtime import onnx_package
 from .stages import last_stages
+from .tensors import unknown_name
 from .trees import background_class
 from .voc import VOID, voc_palette
 from .webruntime import RUNTIME_LICENCE, WebRuntime, find_web_runtime, packed, runtime_script
@@ -36,10 +37,11 @@ def export_with_map(
     model: nn.Module,
     path: str,  # of the layer
     size: int,  # side of the pictures, pixels
+    vocab: tuple[str, ...] | None = None,  # names of the classes, of which the network must have as many
 ) -> bytes:  # an ONNX file
     "A network with the map of one layer, checked; a `ValueError` where that cannot be written."
     with tempfile.TemporaryDirectory() as folder:
-        return export_onnx(model, Path(folder)/'network.onnx', size, maps=path).read_bytes()
+        return export_onnx(model, Path(folder)/'network.onnx', size, maps=path, vocab=vocab).read_bytes()
 
 # %% ../nbs/engine/livepage.ipynb #be1bde7d
 def _is_half(values): return bool((values.astype(np.float16).astype(np.float32) == values).all())
@@ -101,14 +103,14 @@ def _data_script(vocab, examples, size):
     return f'const camkdData = {json.dumps(data)}\n'
 
 # %% ../nbs/engine/livepage.ipynb #4b0d2c89
-def _network(name, model, path, size):
+def _network(name, model, path, size, vocab):
     "One network as the page loads it."
-    graph = thrifty(export_with_map(model, path, size), model)
+    graph = thrifty(export_with_map(model, path, size, tuple(vocab)), model)
     return dict(name=name, parameters=sum(p.numel() for p in model.parameters()), layer=path, model=packed(graph))
 
-def _networks_script(models, layers, size):
+def _networks_script(models, layers, size, vocab):
     chosen = {name: (layers or {}).get(name) or last_stages(model)[-1] for name, model in models.items()}
-    networks = [_network(name, model, chosen[name], size) for name, model in models.items()]
+    networks = [_network(name, model, chosen[name], size, vocab) for name, model in models.items()]
     return f'const camkdNetworks = {json.dumps(networks)}\n'
 
 # %% ../nbs/engine/livepage.ipynb #0112ae15
@@ -121,7 +123,8 @@ def check_page_folder(
 ) -> Path:  # the folder
     "Raise a `ValueError` unless a page may be written there."
     folder = Path(folder).expanduser()
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
+    if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is a file: give a folder, new or empty')
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = sorted(held - {*_MADE, *(part.name for part in _parts())})
     if foreign or held and 'data.js' not in held:
         raise ValueError(f'{folder} holds other things than a page, such as {min(foreign or held)}: '
@@ -129,10 +132,22 @@ def check_page_folder(
     return folder
 
 # %% ../nbs/engine/livepage.ipynb #331599b5
-def _check_page(models, vocab, size):
-    if not models: raise ValueError("models is empty: give {'teacher': network} or more")
-    if isinstance(vocab, str) or not 2 <= len(vocab) < VOID:
-        raise ValueError(f'vocab={vocab!r}: give a list of 2 to {VOID - 1} class names')
+def _check_names(models, layers, examples):
+    if models == {}: raise ValueError("models is empty: give {'teacher': network} or more")
+    for what, given in (('models', models), ('layers', layers or {}), ('examples', examples or {})):
+        if isinstance(given, Mapping): continue
+        raise TypeError(f'{what} is a {type(given).__name__}: give a dict, from names to {what}')
+    for name, model in models.items():
+        if not isinstance(model, nn.Module): raise TypeError(f'{name} is a {type(model).__name__}: give an nn.Module')
+    for name in layers or {}:
+        if name not in models: raise unknown_name('network', name, models)
+
+def _class_names(vocab):
+    names = [] if vocab is None or isinstance(vocab, (str, set, frozenset)) else list(vocab)
+    if 2 <= len(names) < VOID and all(isinstance(name, str) for name in names): return names
+    raise ValueError(f'vocab={vocab!r}: give a list of 2 to {VOID - 1} class names, in the order of their indices')
+
+def _check_side(size):
     if isinstance(size, bool) or not isinstance(size, int) or size < 16:
         raise ValueError(f'size={size!r}: give the side of the pictures in pixels, 16 or more')
 
@@ -154,11 +169,13 @@ def write_page(
     runtime: str | Path | None = None,  # folder or .tgz of npm's onnxruntime-web; None: from the cache, or by npm
 ) -> Path:  # index.html, to be opened in a browser
     "Write a page on which networks answer, and show where they look, while one paints."
-    _check_page(models, vocab, size)
+    _check_names(models, layers, examples)
+    _check_side(size)
+    vocab = _class_names(vocab)
     check_page_packages()
     folder, found = check_page_folder(folder), find_web_runtime(runtime)
     scripts = {'data.js': _data_script(vocab, examples or {}, size),
-               'networks.js': _networks_script(models, layers, size)}
+               'networks.js': _networks_script(models, layers, size, vocab)}
     with whole_folder(folder) as draft:
         _write_parts(draft, scripts, found)
         if folder.exists(): shutil.rmtree(check_page_folder(folder))

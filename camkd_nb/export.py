@@ -48,6 +48,14 @@ def deployable(
     return net.cpu().float().eval().requires_grad_(False)
 
 # %% ../nbs/engine/export.ipynb #fcbe52cf
+OLDEST = 2, 9  # PyTorch that exports what is exported here
+
+def check_torch() -> None:  # nothing
+    "Raise where PyTorch is too old to export."
+    if tuple(map(int, torch.__version__.split('.')[:2])) >= OLDEST: return
+    raise ImportError(f'export_onnx needs PyTorch {".".join(map(str, OLDEST))} or newer, and this is '
+                      f'{torch.__version__}: pip install -U torch torchvision')
+
 def onnx_target(
     file: str | Path,  # where the file is to appear
 ) -> Path:
@@ -144,7 +152,7 @@ def traced(
             done = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True,
                                      input_names=names[0], output_names=names[1])
         except Exception as error:  # many kinds
-            raise ValueError(f'PyTorch {torch.__version__} cannot export the network (2.14 exports more than 2.6): '
+            raise ValueError(f'PyTorch {torch.__version__} cannot export the network: '
                              f'{_reason(error)}') from error
     return done.model_proto
 
@@ -160,9 +168,14 @@ def _check_open(graph):
         raise ValueError(f'the network fixes {what} at {n} when it is traced: give the size that the file is for, '
                          'such as size=224')
 
-def _graph(net, sides, layouts, case):
-    "The ONNX graph of a network, with the inputs and outputs of a case."
-    n, (height, width) = (1, sides) if sides else (2, (192, 256))
+def _example_sides(cases):
+    "Odd ones, of which no two maps have the same size by chance; even ones for a network that takes no others."
+    odd = any(inputs['image'].shape[-1] % 2 for inputs, _ in cases)
+    return 192 + odd, 256 + odd
+
+def _graph(net, sides, layouts, cases):
+    "The ONNX graph of a network, with the inputs and outputs of its cases."
+    n, (height, width), case = 2 - bool(sides), sides or _example_sides(cases), cases[0]
     example = torch.zeros(n, 3, height, width), torch.ones(n, height, width, dtype=torch.bool), torch.zeros(n).long()
     example, axes = example[:len(case[0])], None if sides else _OPEN[:len(case[0])]
     whole = graph_with_maps(net, layouts, example, any_size=not sides) if layouts else net
@@ -227,11 +240,12 @@ def export_onnx(
 ) -> Path:  # the file
     "Write a network as an ONNX file that takes RGB from 0 to 1, once it answers as the network does."
     target, sides, net = onnx_target(file), _sides(size), Deployed(deployable(model), output)
+    check_torch()
     for name in ('onnx', 'onnxscript', 'onnxruntime'): onnx_package(name)
     cases, layouts = _cases(net, sides, maps)
     notice_probabilities(net.model, logits := cases[0][1]['logits'])
     names = _class_names(vocab, logits.shape[1])
-    proto = _graph(net, sides, layouts, cases[0])
+    proto = _graph(net, sides, layouts, cases)
     session = session_of(proto)
     for inputs, wanted in cases: compare(session, inputs, wanted)
     _describe_file(proto, {'normalises': 'imagenet', 'classes': names, 'layers': list(layouts)})

@@ -62,8 +62,19 @@ def find(path, every):
     return [file for file in files if every or path.is_relative_to(benchmarks) or not file.is_relative_to(benchmarks)]
 
 
+def needs_newer_torch(path):
+    "Whether code of a notebook exports a network, which this PyTorch is too old for"
+    cells = [''.join(cell['source']) for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == 'code']
+    if not any('export_onnx(' in cell for cell in cells): return False
+    try: importlib.import_module('camkd_nb.export').check_torch()
+    except ImportError as error: return str(error)
+
+
 def run_notebook(path, args):
     "How many passed, failed and were skipped: one, run as nbdev-test does"
+    if reason := needs_newer_torch(path):
+        print(reason)
+        return 0, 0, 1
     flags = args.flags.split()
     passed, _ = test_nb(path, skip_flags, flags, basepath=root, cell_timeout=args.cell_limit)
     if not passed: return 0, 1, 0

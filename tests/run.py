@@ -11,7 +11,7 @@ A notebook of which no cell runs by default is skipped, and counts as neither.
 The processes are forks (Linux, macOS) of one that has imported torch and fastai, but never camkd_nb. A job that is
 alone imports all that itself, and shows what a notebook forgot to import because fastai had done so.
 """
-import argparse, faulthandler, gc, importlib, json, os, shutil, signal, sys, tempfile, time, traceback
+import argparse, faulthandler, gc, importlib, json, os, re, shutil, signal, sys, tempfile, time, traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,13 @@ def find(path, every):
 
 
 def needs_newer_torch(path):
-    "Whether code of a notebook exports a network, which this PyTorch is too old for"
+    "What is missing to run a notebook that exports a network; '' where nothing is"
     cells = [''.join(cell['source']) for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == 'code']
-    if not any('export_onnx(' in cell for cell in cells): return False
+    calls = [cell for cell in cells if not cell.startswith('#| export') and re.search(r'\b(export_onnx|write_page)\(', cell)]
+    if not calls: return ''
     try: importlib.import_module('camkd_nb.export').check_torch()
     except ImportError as error: return str(error)
+    return ''
 
 
 def run_notebook(path, args):

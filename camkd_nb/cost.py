@@ -7,14 +7,15 @@ __all__ = ['cost_table', 'device_table']
 
 # %% ../nbs/engine/cost.ipynb #309b934d
 import copy, subprocess, sys, time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import pandas as pd, torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .runtime import OnnxModel
+from .runtime import OnnxModel, is_count, sides_of
 
 # %% ../nbs/engine/cost.ipynb #e3cc5200
 def flops(model: nn.Module, x: Tensor) -> int:  # two for each multiply-add
@@ -23,6 +24,27 @@ def flops(model: nn.Module, x: Tensor) -> int:  # two for each multiply-add
     return counter.get_total_flops()
 
 # %% ../nbs/engine/cost.ipynb #f0c556f0
+def _check_counts(**numbers):
+    "Raise where a number of things is none."
+    for name, n in numbers.items():
+        if not is_count(n): raise ValueError(f'{name}={n!r}: give a whole number, 1 or more')
+
+def _check_named(what, given):
+    "Raise where there are no names."
+    if isinstance(given, Mapping) and given: return
+    kind = 'empty' if given == {} else f'a {type(given).__name__}'
+    raise TypeError(f'{what} is {kind}: give a dict, from names to {what}')
+
+def _check_networks(models):
+    "Raise where something is no network of PyTorch."
+    _check_named('models', models)
+    for name, model in models.items():
+        if isinstance(model, (str, Path)): raise TypeError(f'{name} is a file: device_table measures files')
+        if not isinstance(model, nn.Module): raise TypeError(f'{name} is a {type(model).__name__}: give an nn.Module')
+        if next(model.parameters(), None) is None:
+            raise ValueError(f'{name} has no parameters: an exported file is measured by device_table')
+
+# %% ../nbs/engine/cost.ipynb #37d26270
 def _seconds(model, x):
     start = time.perf_counter()
     model(x)
@@ -30,19 +52,20 @@ def _seconds(model, x):
     return time.perf_counter() - start
 
 def cost_table(
-    models: dict[str, nn.Module],  # name -> network
-    size: int = 96,  # side of the square input, pixels
+    models: Mapping[str, nn.Module],  # name -> network
+    size: int | tuple[int, int] = 96,  # side of the square input, or (height, width), pixels
     *,
     n: int = 1,  # images in the batch
     repeats: int = 5,  # timed runs, of which the median counts
 ) -> pd.DataFrame:  # a row for each network: parameters (millions), GFLOPs, latency (ms)
     "What each network costs in eval mode, on the device its parameters are on."
-    rows = {}
+    _check_networks(models)
+    _check_counts(n=n, repeats=repeats)
+    sides, rows = sides_of(size), {}
     for name, model in models.items():
         parameters = list(model.parameters())
-        if not parameters: raise ValueError(f'{name} has no parameters: an exported file is measured by device_table')
         net = copy.deepcopy(model).eval()
-        x = torch.randn(n, 3, size, size, device=parameters[0].device)
+        x = torch.randn(n, 3, *sides, device=parameters[0].device)
         with torch.no_grad(): ops, (_, *seconds) = flops(net, x), [_seconds(net, x) for _ in range(repeats + 1)]
         rows[name] = sum(p.numel() for p in parameters) / 1e6, ops / 1e9, sorted(seconds)[repeats // 2] * 1e3
     return pd.DataFrame.from_dict(rows, orient='index', columns=['parameters (M)', 'GFLOPs', 'latency (ms)'])
@@ -76,16 +99,26 @@ def _memory(file, sides):
     command = [sys.executable, '-c', _ALONE, str(file), *map(str, sides)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
+# %% ../nbs/engine/cost.ipynb #9a21b881
+def _file_of(name, given):
+    "The file that a row is about."
+    if isinstance(given, OnnxModel): return given.file
+    if isinstance(given, (str, Path)): return given
+    raise TypeError(f'{name} is a {type(given).__name__}: give a file of export_onnx; cost_table measures networks')
+
 def device_table(
-    files: dict[str, str | Path],  # name -> file of `export_onnx` or `quantize_onnx`
+    files: Mapping[str, str | Path | OnnxModel],  # name -> file of `export_onnx` or `quantize_onnx`
     size: int | tuple[int, int] = 96,  # side of the square input, or (height, width), pixels
     *,
-    threads: Sequence[int] = (1,),  # numbers of onnxruntime's threads to measure with
+    threads: int | Sequence[int] = (1,),  # numbers of onnxruntime's threads to measure with
 ) -> pd.DataFrame:  # a row for each file: its size and memory (MB), latency (ms) on each number of threads
     "What each file asks of the device that this is called on."
-    x = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
-    by_thread = [[OnnxModel(file, threads=n) for file in files.values()] for n in threads]
+    _check_named('files', files)
+    counts = [threads] if isinstance(threads, Integral) else list(threads)
+    if not counts: raise ValueError(f'threads={threads!r}: give one number of threads or more')
+    x, paths = torch.zeros(1, 3, *sides_of(size)), [_file_of(*item) for item in files.items()]
+    by_thread = [[OnnxModel(path, threads=n) for path in paths] for n in counts]
     columns = {'file (MB)': [model.file.stat().st_size / 1e6 for model in by_thread[0]]}
-    ms = {f'ms, {n} thread{"s"[:n != 1]}': latencies(models, x) for n, models in zip(threads, by_thread)}
+    ms = {f'ms, {n} thread{"s"[:n != 1]}': latencies(models, x) for n, models in zip(counts, by_thread)}
     columns['memory (MB)'] = [_memory(model.file, model.pixels(x).shape[-2:]) for model in by_thread[0]]
     return pd.DataFrame(columns | ms, index=list(files))

@@ -25,6 +25,7 @@ from .files import whole_folder
 from .lists import PHOTO_SUFFIXES
 from .metrics import ConfusionMatrix
 from .photos import open_picture, read_photo
+from .runtime import TooLarge
 from .tensors import Read, check_axes, eval_mode, imagenet_stats, logits_of, resize
 from .trees import check_pair, voc_root
 from .voc import VOID, check_mask, read_image, read_mask, voc_classes, voc_items, write_mask
@@ -57,7 +58,7 @@ def _logits(model, x, read):
     "Logits of one input (1, 3, h, w), which is filled up to sides that 32 divides where the network needs it."
     (height, width), failures = x.shape[-2:], (RuntimeError, ValueError, AssertionError)
     try: answer = model(x)
-    except torch.OutOfMemoryError: raise
+    except (torch.OutOfMemoryError, TooLarge): raise
     except failures as error: first = error
     else: return _known(check_axes(logits_of(answer, read), x.shape[-2:]).float())
     filled = F.pad(x, (0, -width % 32, 0, -height % 32))  # zero is the mean colour

@@ -6,8 +6,8 @@
 __all__ = ['quantize_onnx']
 
 # %% ../nbs/engine/quantize.ipynb #3f046c2b
-import ast
-from collections.abc import Callable, Sequence
+import ast, warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +24,8 @@ from .export import onnx_target
 from .files import whole_file
 from .metrics import ConfusionMatrix
 from .photos import open_picture, read_photo
-from .runtime import OnnxModel, onnx_package
-from .tensors import imagenet_stats, unknown_name
+from .runtime import OnnxModel, is_count, onnx_package
+from .tensors import IMAGENET_STATS, imagenet_stats, unknown_name
 from .trees import voc_root
 from .voc import voc_classes, voc_items
 
@@ -39,14 +39,11 @@ class _Data:
 
 def _spread(items, n):
     "At most `n` items, evenly spread."
-    if n < 1: raise ValueError(f'n={n}: give the number of images to calibrate on, 1 or more')
     return [items[i * len(items) // n] for i in range(n)] if n < len(items) else list(items)
 
 # %% ../nbs/engine/quantize.ipynb #ed43dc30
 def _side(model, size):
     "The longer side of the images that a file gets, `None`: as they are."
-    if size is not None and not (isinstance(size, int) and size >= 1):
-        raise ValueError(f'size={size!r}: give the pixels of the longer side, or None for the native size')
     fixed = [side for side in model.sides if side is not None]
     return size if size is not None or not fixed else min(fixed)
 
@@ -58,11 +55,19 @@ def _from_tree(root, model, n, size, progress):
     return _Data('mIoU', _inputs([image for image, _ in _spread(voc_items(root, 'train'), n)], size), _score)
 
 # %% ../nbs/engine/quantize.ipynb #273a0279
+def _check_photos(path, files):
+    "Raise where there is one photograph, or a mask among them."
+    if len(files) < 2: raise ValueError(f'{path}: one photograph. Give two or more: some calibrate, the others score.')
+    for file in files:
+        picture = open_picture(file)
+        if picture.mode not in ('P', 'L', '1') or (n := len(np.unique(np.asarray(picture)))) >= 32: continue
+        raise ValueError(f'{file} looks like a mask: it has {n} different values. Give a folder of photographs alone; '
+                         'folders inside it are read as well.')
+
 def _from_photos(path, model, n, size):
     files, size = photos_in(path), _side(model, size)
-    if all(open_picture(file).mode in ('P', '1') for file in files):
-        raise ValueError(f'{path}: all pictures in it have palettes, as masks have. Give a folder of photographs.')
-    shown = files[1::2] or files
+    _check_photos(path, files)
+    shown = files[1::2]
     answers = [predict(model, file, size) for file in shown]
     def _score(one):
         same = [np.asarray(predict(one, file, size) == answer) for file, answer in zip(shown, answers)]
@@ -70,9 +75,20 @@ def _from_photos(path, model, n, size):
     return _Data('same pixels (%)', _inputs(_spread(files[::2], n), size), _score)
 
 # %% ../nbs/engine/quantize.ipynb #a38b39a0
+def _own(dl): return next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None)
+
+def _notice_statistics(dl):
+    "Warn where a loader does not normalise as the file does."
+    own, (mean, std) = _own(dl), IMAGENET_STATS
+    given = [] if own is None else [*own.mean.flatten().tolist(), *own.std.flatten().tolist()]
+    if len(given) == 6 and np.allclose(given, [*mean, *std], atol=1e-3): return
+    warnings.warn(f'the DataLoaders have {"other statistics in their" if given else "no"} Normalize, and the file '
+                  "normalises with ImageNet's: a network that was trained on them gets other inputs from its file. "
+                  'Train with batch_tfms=Normalize.from_stats(*imagenet_stats), as voc_dls does.', stacklevel=5)
+
 def _renormalised(dl, x):
     "Images of a loader with ImageNet's normalisation instead of its own."
-    own = next((t for t in dl.after_batch.fs if isinstance(t, Normalize)), None)
+    own = _own(dl)
     x = x.detach().as_subclass(Tensor).cpu()
     rgb = x if own is None else x * own.std.cpu() + own.mean.cpu()
     if rgb.min() < -.01 or rgb.max() > 1.01:
@@ -81,11 +97,22 @@ def _renormalised(dl, x):
     mean, std = imagenet_stats(rgb)
     return (rgb - mean) / std
 
-def _from_dls(dls, n):
+def _check_room(model, x):
+    "Raise where the images of a loader are larger than the file takes."
+    (h, w), sides = x.shape[-2:], [side for side in model.sides if side is not None]
+    if all(side is None or have <= side for have, side in zip((h, w), model.sides)): return
+    raise ValueError(f'{model.file.name} takes {"×".join(map(str, model.sides))} pixels, and the DataLoaders have '
+                     f'{h}×{w}: give voc_dls(..., size={min(sides)}), or export the network without size=')
+
+# %% ../nbs/engine/quantize.ipynb #3b6c87ef
+def _from_dls(dls, model, n):
     if not hasattr(dls.train_ds, 'items'):
         raise TypeError(f'DataLoaders of a {type(dls.train_ds).__name__}, whose images cannot be read again without '
                         'augmentation: give those of voc_dls or of a DataBlock, a VOC tree or a folder of photographs')
     loader = dls.test_dl(_spread(dls.train_ds.items, n))
+    images = [_renormalised(loader, batch[0]) for batch in loader]
+    _check_room(model, images[0])
+    _notice_statistics(dls.valid)
     def _score(one):
         confusion = None
         for x, mask in dls.valid:
@@ -93,7 +120,7 @@ def _from_dls(dls, n):
             confusion = confusion or ConfusionMatrix(logits.shape[1])
             confusion.update(logits, mask.cpu())
         return 100 * confusion.miou()
-    return _Data('mIoU', [_renormalised(loader, batch[0]) for batch in loader], _score)
+    return _Data('mIoU', images, _score)
 
 # %% ../nbs/engine/quantize.ipynb #3c1b3201
 def _is_tree(path):
@@ -104,11 +131,13 @@ def _is_tree(path):
 def _data(images, model, n, size, progress):
     "The images, wherever they come from."
     if isinstance(images, DataLoaders):
-        if size is None: return _from_dls(images, n)
+        if size is None: return _from_dls(images, model, n)
         raise ValueError(f'size={size} with DataLoaders, whose images have their size already: leave it out')
     if not isinstance(images, (str, Path)):
-        raise TypeError(f'images is a {type(images).__name__}: give DataLoaders, a VOC tree or a folder of photographs')
+        raise TypeError(f'images is a {type(images).__name__}: give DataLoaders (dls, not dls.train), '
+                        'a VOC tree or a folder of photographs')
     path = Path(images).expanduser()
+    if path.is_file(): raise ValueError(f'{path} is a file: give a VOC tree or a folder of photographs')
     if not path.is_dir(): raise ValueError(f'{path}: no such folder. Give a VOC tree or a folder of photographs.')
     if not _is_tree(path): return _from_photos(path, model, n, size)
     return _from_tree(voc_root(path), model, n, size, progress)
@@ -124,7 +153,7 @@ def _layers_of(node):
 def _kept_nodes(model, keep):
     "Names of the nodes of layers that stay in 32 bits."
     layers, found = {node.name: _layers_of(node) for node in model.graph.node}, []
-    for path in [keep] if isinstance(keep, str) else keep:
+    for path in keep:
         inside = [node for node, names in layers.items() if any(f'.{name}'.endswith(f'.{path}') for name in names)]
         if not inside: raise unknown_name('layer', path, {name for names in layers.values() for name in names[1:]})
         found += inside
@@ -168,6 +197,20 @@ def _paths(file, out):
     if out.resolve() == file.resolve(): raise ValueError(f'{out} would replace the file of 32 bits: give another name')
     return file, out
 
+def _check_numbers(n, size, most):
+    "Raise where a number is none."
+    if not is_count(n): raise ValueError(f'n={n!r}: give the number of images to calibrate on, 1 or more')
+    if size is not None and not is_count(size):
+        raise ValueError(f'size={size!r}: give the pixels of the longer side, or None for the native size')
+    if most is None or isinstance(most, (int, float)) and most >= 0: return
+    raise ValueError(f'most={most!r}: give the largest loss accepted, in points, 0 or more; or None')
+
+def _layer_names(keep):
+    "Layers to keep, as a list of paths."
+    names = [keep] if isinstance(keep, str) else list(keep) if isinstance(keep, Iterable) else [keep]
+    if all(isinstance(name, str) for name in names): return names
+    raise TypeError(f"keep={keep!r}: give paths of layers, such as ['head']")
+
 def _check_bits(file):
     "Raise where a file has nodes of eight bits."
     nodes = onnx_package('onnx').load(file, load_external_data=False).graph.node
@@ -200,7 +243,7 @@ def _table(models, data, most, n):
 def quantize_onnx(
     file: str | Path,  # of `export_onnx`, 32 bits
     out: str | Path,  # the file to write; replaced where it exists
-    images: DataLoaders | str | Path,  # of `voc_dls`; or a VOC tree; or a folder of photographs
+    images: DataLoaders | str | Path,  # of `voc_dls`; or a VOC tree; or a folder of photographs and those in it
     *,
     n: int = 64,  # images to calibrate on
     size: int | None = None,  # longer side of the photographs as the file gets them, pixels; None: as they are
@@ -209,7 +252,8 @@ def quantize_onnx(
     progress: bool = True,  # of a VOC tree: show progress bars
 ) -> pd.DataFrame:  # rows '32 bits' and '8 bits': size of the file, score, latency on one thread
     "Write an exported file in eight bits, calibrated on images, and measure what is lost; a larger loss is an error."
-    file, out = _paths(file, out)
+    _check_numbers(n, size, most)
+    file, out, keep = *_paths(file, out), _layer_names(keep)
     model = OnnxModel(file)
     _check_bits(file)
     data = _data(images, model, n, size, progress)

@@ -1,5 +1,5 @@
 """A file of eight bits: what it scores, what is refused, and what else may come in its way."""
-import os, sys
+import os, sys, warnings
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +78,15 @@ def test_loaders_of_any_normalisation(file, tree, tmp_path):
     plain, other = voc_dls(tree, bs=8), voc_dls(tree, bs=8)
     for dl in other:
         dl.after_batch.fs = type(dl.after_batch.fs)([Normalize.from_stats([.5] * 3, [.25] * 3) if isinstance(one, Normalize) else one for one in dl.after_batch.fs])
-    first, second = (quantize_onnx(file, tmp_path/f'{i}.onnx', dls, n=4) for i, dls in enumerate((plain, other)))
+    with warnings.catch_warnings(action='error', category=UserWarning): first = quantize_onnx(file, tmp_path/'0.onnx', plain, n=4)
+    with pytest.warns(UserWarning, match='have other statistics in their Normalize'): second = quantize_onnx(file, tmp_path/'1.onnx', other, n=4)
     assert abs(first.mIoU - second.mIoU).max() < .5
 
 
 def test_loaders_without_normalisation(file, tree, tmp_path):
     dls = voc_dls(tree, bs=8)
     for dl in dls: dl.after_batch.fs = type(dl.after_batch.fs)([one for one in dl.after_batch.fs if not isinstance(one, Normalize)])
-    assert quantize_onnx(file, tmp_path/'a.onnx', dls, n=8).mIoU['32 bits'] > 50
+    with pytest.warns(UserWarning, match='have no Normalize'): assert quantize_onnx(file, tmp_path/'a.onnx', dls, n=8).mIoU['32 bits'] > 50
     for dl in dls: dl.after_batch.fs[0].div = 64.
     with pytest.raises(ValueError, match='not from 0 to 1'): quantize_onnx(file, tmp_path/'b.onnx', dls)
 
@@ -97,7 +98,16 @@ def test_a_fixed_size(tree, tmp_path):
     table = quantize_onnx(file, tmp_path/'small.onnx', tree, n=4, most=100, progress=False)
     assert list(table)[2] == 'ms at 64×64' and OnnxModel(tmp_path/'small.onnx').sides == [64, 80]
     assert 'same pixels (%)' in quantize_onnx(file, tmp_path/'p.onnx', black(tmp_path/'black'), most=100)
-    with pytest.raises(ValueError, match='fixed.onnx takes 64×80 pixels, not 96×96: give size=64'): quantize_onnx(file, tmp_path/'d.onnx', voc_dls(tree, bs=8))
+    with pytest.raises(ValueError, match=r'fixed.onnx takes 64×80 pixels, and the DataLoaders have 96×96: give voc_dls\(\.\.\., size=64\)'): quantize_onnx(file, tmp_path/'d.onnx', voc_dls(tree, bs=8))
+    with pytest.raises(ValueError, match='^fixed.onnx takes 64×80 pixels, not 96×96: give size=64'): predict(OnnxModel(file), np.zeros((96, 96, 3), 'uint8'))
+
+
+def test_masks_among_photographs(file, tree, tmp_path):
+    for mode in ('L', 'P'):
+        mixed = black(tmp_path/mode)
+        (mixed/'masks').mkdir(), Image.fromarray(np.eye(48, dtype='uint8'), mode='L').convert(mode).save(mixed/'masks/a.png')
+        with pytest.raises(ValueError, match='a.png looks like a mask'): quantize_onnx(file, tmp_path/'out.onnx', mixed)
+    with pytest.raises(ValueError, match='one photograph. Give two'): quantize_onnx(file, tmp_path/'out.onnx', black(tmp_path/'one', n=1))
 
 
 def test_what_is_no_source(file, tree, tmp_path):
@@ -106,7 +116,7 @@ def test_what_is_no_source(file, tree, tmp_path):
         assert not out.exists()
     (tmp_path/'empty').mkdir(), (tmp_path/'not.onnx').write_text('hello')
     refused('no photographs in it', tmp_path/'empty')
-    refused('have palettes, as masks have', tree/'SegmentationClass')
+    refused('looks like a mask', tree/'SegmentationClass')
     refused('no such folder', tmp_path/'nowhere')
     refused('images is a list', [1], TypeError)
     refused('is no folder: make it', tree, out=tmp_path/'new/out.onnx')

@@ -22,7 +22,7 @@ from .explain import explain_classes
 from .files import whole_file
 from .graphs import Deployed, graph_with_maps
 from .layers import Taps, run_eagerly, unwrapped
-from .runtime import onnx_package
+from .runtime import onnx_package, sides_of
 from .tensors import Read, logits_of, notice_probabilities, resize
 
 # %% ../nbs/engine/export.ipynb #1f8bd372
@@ -60,27 +60,25 @@ def onnx_target(
     file: str | Path,  # where the file is to appear
 ) -> Path:
     "The path of a file that can be written; else a `ValueError`."
+    if not isinstance(file, (str, Path)):
+        raise TypeError(f'the file is a {type(file).__name__}: give its name after the network, such as "student.onnx"')
     path = Path(file).expanduser()
     if path.suffix != '.onnx': raise ValueError(f'{path.name}: give a name that ends in .onnx')
     if path.is_dir(): raise ValueError(f'{path} is a folder: give the name of a file')
     if not path.parent.is_dir(): raise ValueError(f'{path.parent} is no folder: make it, or give another one')
     return path
 
-def _side(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 1
-
 def _sides(size):
     "Height and width, or None for any."
-    if size is None: return None
-    pair = (size, size) if isinstance(size, int) else size
-    if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(_side, pair)): return tuple(pair)
-    raise ValueError(f'size={size!r}: give the side of a square, (height, width), or None for any size, in pixels')
+    return None if size is None else sides_of(size)
 
 def _class_names(vocab, n_classes):
     "Names, one a class; none where none are given."
     if vocab is None: return []
-    names = [] if isinstance(vocab, str) else list(vocab)
+    ordered = isinstance(vocab, Iterable) and not isinstance(vocab, (str, set, frozenset))
+    names = list(vocab) if ordered else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(f'vocab={vocab!r}: give a list of texts, one a class')
+        raise TypeError(f'vocab={vocab!r}: give a list of texts, one a class, in order')
     if len(names) == n_classes: return names
     raise ValueError(f'vocab has {len(names)} names, and the network {n_classes} classes: give one name a class')
 
@@ -106,8 +104,8 @@ def _answers(net, sides):
         else: found.append((image, resize(logits_of(answer, net.output), size)))
     if found: return found
     (h, w), error = refused
-    raise ValueError(f'the network fails on an image of {h}×{w} pixels: {error}. '
-                     'Give the size that it takes, such as size=224') from error
+    advice = 'RGB of that size' if sides else 'RGB; if it takes one size only, give that, such as size=224'
+    raise ValueError(f'the network fails on an image of {h}×{w} pixels: {error}. A file takes {advice}') from error
 
 # %% ../nbs/engine/export.ipynb #08eef1f9
 def _layouts(net, paths, image):
@@ -219,19 +217,29 @@ def compare(
     except Exception as error:  # those of onnxruntime have no base class of their own
         raise ValueError(f'the file fails on an image of {height}×{width} pixels, which the network takes. Give a '
                          f'size of your own, such as size=({height}, {width}). {error}') from error
+    any_size = not isinstance(session.get_inputs()[0].shape[2], int)
+    advice = f'. A file for one size may be right: give size=({height}, {width})' if any_size else ''
     for (name, want), values in zip(wanted.items(), map(torch.from_numpy, got)):
+        if not want.isfinite().all(): raise ValueError(f'the network gives {name} that are not finite: train it anew')
         same, span = values.shape == want.shape, float(want.max() - want.min())
         apart = float((values - want).abs().max()) if same else float('inf')
         most = LOGITS_APART if name == 'logits' else MAPS_APART
         if apart <= most * span + 1e-5 * float(want.abs().max()): continue
         raise ValueError(f'the file would be wrong: its {name} differ from the network\'s by up to {apart:.3g} of a '
-                         f'span of {span:.3g}, on an image of {height}×{width} pixels. A file for one size may be '
-                         f'right: give size=({height}, {width})')
+                         f'span of {span:.3g}, on an image of {height}×{width} pixels{advice}')
+
+# %% ../nbs/engine/export.ipynb #91cce985
+def _check_readers(maps, output):
+    "Raise where the layers or the function are none."
+    if output is not None and not callable(output):
+        raise TypeError(f'output={output!r}: give a function that finds the logits, such as `lambda output: output[0]`')
+    if maps is None or isinstance(maps, Iterable): return
+    raise TypeError(f"maps={maps!r}: give paths of layers, such as ['backbone.layer4'], or None for no maps")
 
 # %% ../nbs/engine/export.ipynb #29e34bcc
 def export_onnx(
     model: nn.Module,  # images with ImageNet's normalisation to logits (B, C, H, W); left as it is
-    file: str | Path,  # where the file is to appear, such as 'student.onnx'
+    file: str | Path,  # where the file is to appear, such as 'student.onnx'; replaced where it exists
     size: int | tuple[int, int] | None = None,  # (H, W) of one image at a time; None: any size and number
     *,
     maps: str | Iterable[str] | None = None,  # dotted paths of the layers whose class attention maps it gives as well
@@ -241,6 +249,7 @@ def export_onnx(
     "Write a network as an ONNX file that takes RGB from 0 to 1, once it answers as the network does."
     target, sides, net = onnx_target(file), _sides(size), Deployed(deployable(model), output)
     check_torch()
+    _check_readers(maps, output)
     for name in ('onnx', 'onnxscript', 'onnxruntime'): onnx_package(name)
     cases, layouts = _cases(net, sides, maps)
     notice_probabilities(net.model, logits := cases[0][1]['logits'])

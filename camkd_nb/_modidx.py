@@ -427,6 +427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'camkd_nb.export._class_names': ('engine/export.html#_class_names', 'camkd_nb/export.py'),
                                  'camkd_nb.export._describe_file': ('engine/export.html#_describe_file', 'camkd_nb/export.py'),
                                  'camkd_nb.export._example_sides': ('engine/export.html#_example_sides', 'camkd_nb/export.py'),
+                                 'camkd_nb.export._fix_for': ('engine/export.html#_fix_for', 'camkd_nb/export.py'),
                                  'camkd_nb.export._graph': ('engine/export.html#_graph', 'camkd_nb/export.py'),
                                  'camkd_nb.export._layouts': ('engine/export.html#_layouts', 'camkd_nb/export.py'),
                                  'camkd_nb.export._reason': ('engine/export.html#_reason', 'camkd_nb/export.py'),

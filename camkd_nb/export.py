@@ -129,12 +129,22 @@ def _cases(net, sides, maps):
     asked = [_asked(net, layouts, image, n, logits.shape[1]) for n, (image, logits) in enumerate(answers)]
     return [(inputs, {'logits': logits} | found) for (inputs, found), (_, logits) in zip(asked, answers)], layouts
 
-# %% ../nbs/engine/export.ipynb #aec17995
+# %% ../nbs/engine/export.ipynb #b2e1b190
 def _reason(error):
     "What went wrong at first."
     while error.__cause__ is not None: error = error.__cause__
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
+def _fix_for(program, reason):
+    "What to do about an operator that a reason names, and the layer that asks for it."
+    for node in program.graph.nodes if program else ():  # none where the tracing failed
+        name = '.'.join(str(node.target).split('.')[:2])
+        if not (node.op == 'call_function' and f"'{name}'" in reason): continue
+        path = next(reversed(node.meta.get('nn_module_stack', {}).values()), ('',))[0].removeprefix('model').strip('.')
+        return f' Put something else in place of {name}, in layer {path!r}.' if path else f' Replace {name}.'
+    return ''
+
+# %% ../nbs/engine/export.ipynb #aec17995
 def traced(
     net: nn.Module,
     inputs: tuple[Tensor, ...],  # an example
@@ -143,6 +153,7 @@ def traced(
 ) -> Any:  # an `onnx.ModelProto`
     "A network as an ONNX graph."
     shapes = open_axes and tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in open_axes)
+    program = None
     with warnings.catch_warnings(), torch.no_grad(), run_eagerly(net):
         warnings.simplefilter('ignore')
         try:
@@ -150,8 +161,9 @@ def traced(
             done = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True,
                                      input_names=names[0], output_names=names[1])
         except Exception as error:  # many kinds
-            raise ValueError(f'PyTorch {torch.__version__} cannot export the network: '
-                             f'{_reason(error)}') from error
+            one_size = ' A file for one size may work: give one, such as size=224.' if shapes else ''
+            fix = _fix_for(program, why := _reason(error)) or one_size
+            raise ValueError(f'PyTorch {torch.__version__} cannot export the network: {why}.{fix}') from error
     return done.model_proto
 
 # %% ../nbs/engine/export.ipynb #a9bf1765

@@ -134,6 +134,7 @@ def test_wrong_files_do_not_appear(tmp_path):
     before = state(model)
     with pytest.raises(ValueError, match=r'would be wrong: its logits differ .* of a span of .* on an image of 64×96'): export_onnx(model, file)
     assert file.read_text() == 'old' and state(model) == before and list(tmp_path.iterdir()) == [file]
+    with pytest.raises(ValueError, match="in place of aten.adaptive_max_pool2d, in layer '1'"): export_onnx(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(3)), file)
     pool = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 3, 1))
     with pytest.raises(ValueError, match="operator 'max_pool2d_with_indices', which lies between '0' and the logits"): export_onnx(pool, file, 24, maps='0')
     assert file.read_text() == 'old'

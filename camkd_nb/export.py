@@ -96,16 +96,16 @@ def trial_picture(
 
 def _answers(net, sides):
     "Pictures, one or two at a time, and the network's logits of their size, for each size that the network takes."
-    found, refused = [], None
+    found, refused = [], []
     for i, size in enumerate([sides] if sides else SIZES):
         image = trial_picture(size, 1 if sides else 1 + i % 2)
         try: answer = net.model(net.normalised(image))
-        except (RuntimeError, ValueError, AssertionError) as error: refused = refused or (size, error)
+        except (RuntimeError, ValueError, AssertionError) as error: refused.append((size, error))
         else: found.append((image, resize(logits_of(answer, net.output), size)))
     if found: return found
-    (h, w), error = refused
+    (h, w), first = refused[0]
     advice = 'RGB of that size' if sides else 'RGB; if it takes one size only, give that, such as size=224'
-    raise ValueError(f'the network fails on an image of {h}×{w} pixels: {error}. A file takes {advice}') from error
+    raise ValueError(f'the network fails on an image of {h}×{w} pixels: {first}. A file takes {advice}') from first
 
 # %% ../nbs/engine/export.ipynb #08eef1f9
 def _layouts(net, paths, image):
@@ -152,7 +152,8 @@ def traced(
     names: tuple[list[str], list[str]],  # of the inputs and of the outputs
 ) -> Any:  # an `onnx.ModelProto`
     "A network as an ONNX graph."
-    shapes = open_axes and tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in open_axes)
+    auto = torch.export.Dim.AUTO
+    shapes = None if open_axes is None else tuple(dict.fromkeys(axes, auto) for axes in open_axes)
     program = None
     with warnings.catch_warnings(), torch.no_grad(), run_eagerly(net):
         warnings.simplefilter('ignore')
@@ -189,7 +190,7 @@ def _graph(net, sides, layouts, cases):
     example = torch.zeros(n, 3, height, width), torch.ones(n, height, width, dtype=torch.bool), torch.zeros(n).long()
     example, axes = example[:len(case[0])], None if sides else _OPEN[:len(case[0])]
     whole = graph_with_maps(net, layouts, example, any_size=not sides) if layouts else net
-    proto = traced(whole, example, axes, tuple(map(list, case)))
+    proto = traced(whole, example, axes, (list(case[0]), list(case[1])))
     if not sides: _check_open(proto.graph)
     return proto
 

@@ -8,7 +8,6 @@ __all__ = ['cost_table', 'device_table']
 # %% ../nbs/engine/cost.ipynb #309b934d
 import copy, subprocess, sys, time
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 
 import pandas as pd, torch
@@ -114,7 +113,7 @@ def device_table(
 ) -> pd.DataFrame:  # a row for each file: its size and memory (MB), latency (ms) on each number of threads
     "What each file asks of the device that this is called on."
     _check_named('files', files)
-    counts = [threads] if isinstance(threads, Integral) else list(threads)
+    counts = list(threads) if isinstance(threads, Sequence) else [threads]
     if not counts: raise ValueError(f'threads={threads!r}: give one number of threads or more')
     x, paths = torch.zeros(1, 3, *sides_of(size)), [_file_of(*item) for item in files.items()]
     by_thread = [[OnnxModel(path, threads=n) for path in paths] for n in counts]

@@ -253,7 +253,7 @@ def quantize_onnx(
 ) -> pd.DataFrame:  # rows '32 bits' and '8 bits': size of the file, score, latency on one thread
     "Write an exported file in eight bits, calibrated on images, and measure what is lost; a larger loss is an error."
     _check_numbers(n, size, most)
-    file, out, keep = *_paths(file, out), _layer_names(keep)
+    (file, out), keep = _paths(file, out), _layer_names(keep)
     model = OnnxModel(file)
     _check_bits(file)
     data = _data(images, model, n, size, progress)

@@ -154,10 +154,10 @@ def test_channels_last_gives_the_same_terms(make, teacher):
     assert values[1] == pytest.approx(values[0], rel=1e-3)
 
 
-def test_half_precision_stays_finite_for_200_steps(make, teacher):
+def test_half_precision_stays_finite_for_100_steps(make, teacher):
     learn = make(cbs=[Distill(teacher, [term() for term in every_term]), Autocast()])
-    fit(learn, 50)
-    assert len(learn.recorder.losses) == 200 and torch.stack(learn.recorder.losses).isfinite().all()
+    fit(learn, 25)
+    assert len(learn.recorder.losses) == 100 and torch.stack(learn.recorder.losses).isfinite().all()
     assert all(torch.tensor(row).isfinite().all() for row in learn.recorder.values)
     assert weights(learn).isfinite().all()
 

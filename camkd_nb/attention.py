@@ -46,7 +46,8 @@ def class_attention(
     check_batch(model, x, mask)
     at_least_one('max_classes', max_classes)
     make = map_method(method)
-    with torch.inference_mode(False), torch.set_grad_enabled(trains(model, x)):
+    attached = trains(model, x)  # asked here, since the end of inference mode turns gradients on
+    with torch.inference_mode(False), torch.set_grad_enabled(attached):
         reading = read_network(model, x, mask, layers, region=region, classes=classes, max_classes=max_classes,
                                pick=pick, second_order=second_order, output=output, start_graph=needs_gradients(make))
         maps = class_maps(reading, make, signed=signed)

@@ -33,7 +33,7 @@ from .files import whole_file
 from .livepage import export_with_map, write_page
 from .models import toy_student, toy_teacher
 from .outcomes import Outcome, result_table, save_students, telling_images
-from .teachers import load_teacher, trained_teacher
+from .teachers import load_teacher
 from .toyvoc import TOY_CLASSES, toy_pair, toy_voc
 from .training import Recipe, fit, score_on_batches
 from .trees import voc_root

@@ -297,3 +297,11 @@ def test_taps_restore_the_gradient_mode():
         with Taps(model, ['backbone.layer3'], start_graph=True): assert model(x).requires_grad
         assert not torch.is_grad_enabled()
     finally: torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize('without', [torch.no_grad, torch.inference_mode])
+def test_maps_without_gradients_have_no_graph(without):
+    model, (x, mask) = make_pspnet(), batch(side=33)
+    expected = class_attention(model, x, mask, ['backbone.layer4'], classes=classes).maps['backbone.layer4']
+    with without(): maps = class_attention(model, x, mask, ['backbone.layer4'], classes=classes).maps['backbone.layer4']
+    assert expected.requires_grad and not maps.requires_grad and torch.equal(maps, expected)

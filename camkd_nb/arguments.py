@@ -16,7 +16,8 @@ from PIL import Image as PILImage
 from torch import nn
 
 from .explain import Parser
-from .livepage import check_page_folder, check_page_packages
+from .export import check_packages
+from .livepage import check_page_folder
 from .stages import match_layers
 from .losses import ClassAttention
 from .models import build_model
@@ -125,7 +126,7 @@ def _check_save(save):
 # %% ../nbs/engine/arguments.ipynb #04427f5d
 def _check_page(page, runtime):
     check_page_folder(_expanded('--page', page))
-    check_page_packages()
+    check_packages()
     find_web_runtime(runtime)
 
 def page_alone(

@@ -138,8 +138,8 @@ def _prepare(args):
     teacher = load_teacher(args.teacher, recipe)
     layers = check_pair(student, teacher, recipe, args.layers)
     if args.page is not None:  # in time: networks of which no map can be written
-        for model, path in zip((student, teacher), list(layers.items())[-1]):
-            export_with_map(model, path, _page_side(recipe))
+        side = _page_side(recipe)
+        for model, path in zip((student, teacher), list(layers.items())[-1]): export_with_map(model, path, side)
     _examine(teacher, recipe)
     return _Job(new_student, teacher, recipe, layers)
 

@@ -22,7 +22,7 @@ from .explain import explain_classes
 from .files import whole_file
 from .graphs import Deployed, graph_with_maps
 from .layers import Taps, run_eagerly, unwrapped
-from .runtime import onnx_package, sides_of
+from .runtime import onnx_package, sides_of, start_session
 from .tensors import Read, logits_of, notice_probabilities, resize
 
 # %% ../nbs/engine/export.ipynb #1f8bd372
@@ -55,6 +55,10 @@ def check_torch() -> None:  # nothing
     if tuple(map(int, torch.__version__.split('.')[:2])) >= OLDEST: return
     raise ImportError(f'export_onnx needs PyTorch {".".join(map(str, OLDEST))} or newer, and this is '
                       f'{torch.__version__}: pip install -U torch torchvision')
+
+def check_packages() -> None:  # nothing
+    "Raise an `ImportError` that names the extra, where a package is missing that an export needs."
+    for name in ('onnx', 'onnxscript', 'onnxruntime'): onnx_package(name)
 
 def onnx_target(
     file: str | Path,  # where the file is to appear
@@ -214,10 +218,7 @@ def session_of(
     proto: Any,  # an `onnx.ModelProto`
 ) -> Any:  # an `onnxruntime.InferenceSession`
     "A graph, ready to run."
-    runtime = onnx_package('onnxruntime')
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4  # what goes wrong is raised
-    return runtime.InferenceSession(proto.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    return start_session(proto.SerializeToString())
 
 def compare(
     session: Any,  # an `onnxruntime.InferenceSession`
@@ -263,7 +264,7 @@ def export_onnx(
     target, sides, net = onnx_target(file), _sides(size), Deployed(deployable(model), output)
     check_torch()
     _check_readers(maps, output)
-    for name in ('onnx', 'onnxscript', 'onnxruntime'): onnx_package(name)
+    check_packages()
     cases, layouts = _cases(net, sides, maps)
     notice_probabilities(net.model, logits := cases[0][1]['logits'])
     names = _class_names(vocab, logits.shape[1])

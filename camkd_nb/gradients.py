@@ -24,17 +24,22 @@ def region_scale(
     return (2**8 * torch.frexp(pixels).mantissa / pixels)[:, None, None, None]
 
 # %% ../nbs/engine/gradients.ipynb #9f81b4e2
+def _start(logits):
+    "Where backward passes start: below the last upsampling, or at the logits."
+    node = logits.grad_fn
+    return GradientEdge(*node.next_functions[0]) if node.name() == 'UpsampleBilinear2DBackward0' else logits
+
 def _first_gradient(logits, classes, region, scale):
-    "Where a backward pass for one class an image starts, and its gradient there; `region` is bool, (B, H, W)."
+    "The gradient of one class an image at `_start`; `region` is bool, (B, H, W)."
     node, shape = logits.grad_fn, logits.shape
-    region, start = torch.where(region[:, None], scale.to(torch.promote_types(logits.dtype, torch.float32)), 0), logits
+    region = torch.where(region[:, None], scale.to(torch.promote_types(logits.dtype, torch.float32)), 0)
     if node.name() == 'UpsampleBilinear2DBackward0':
-        start, shape = GradientEdge(*node.next_functions[0]), node._saved_self_sym_sizes
+        shape = node._saved_self_sym_sizes
         region = torch.ops.aten.upsample_bilinear2d_backward(
             region, node._saved_output_size, [shape[0], 1, *shape[2:]],
             node._saved_align_corners, node._saved_scales_h, node._saved_scales_w)
     index = classes.clamp(min=0)[:, None, None, None].expand_as(region)
-    return start, logits.new_zeros(shape).scatter_(1, index, region.to(logits.dtype))
+    return logits.new_zeros(shape).scatter_(1, index, region.to(logits.dtype))
 
 # %% ../nbs/engine/gradients.ipynb #dc20d2c8
 def scaled_gradients(
@@ -52,8 +57,8 @@ def scaled_gradients(
                          'tap layers on the way to them, in a network that does not detach them')
     for j in range(k := classes.shape[1]):
         scale = region_scale(regions[:, j])
-        start, first = _first_gradient(logits, classes[:, j], regions[:, j], scale)
-        gradients = torch.autograd.grad(start, list(activations.values()), first, create_graph=second_order,
+        first = _first_gradient(logits, classes[:, j], regions[:, j], scale)
+        gradients = torch.autograd.grad(_start(logits), list(activations.values()), first, create_graph=second_order,
                                         retain_graph=keep_graph or second_order or j + 1 < k, allow_unused=True)
         named = dict(zip(activations, gradients))
         for name, gradient in named.items():
@@ -68,13 +73,10 @@ def score_gradients(
     for named, scale in scaled: yield {name: gradient / scale for name, gradient in named.items()}
 
 # %% ../nbs/engine/gradients.ipynb #fe04fedd
-def _cut_for(logits, activations, classes, regions):
-    "Where backward passes to the one layer may end early, their scales and first gradients; None where they may not."
+def _cut_for(logits, activations):
+    "Where backward passes to the one layer may end early; None where they may not."
     if len(activations) > 1 or logits.grad_fn is None: return None
-    scales = [region_scale(region) for region in regions.unbind(1)]
-    starts = [_first_gradient(logits, classes[:, j], regions[:, j], scale) for j, scale in enumerate(scales)]
-    cut = find_cut(starts[0][0], *activations.values())
-    return cut and (cut, scales, [[first] for _, first in starts])
+    return find_cut(_start(logits), *activations.values())
 
 def mean_gradients(
     logits: Tensor,  # (B, C, H, W), from a forward pass in eval mode with `Taps(..., start_graph=True)`
@@ -87,11 +89,12 @@ def mean_gradients(
 ) -> dict[str, Tensor]:  # path -> (B, k, K), float32 or better
     "Gradients of each image's class scores, averaged over the positions of each layer."
     options = dict(second_order=second_order, keep_graph=keep_graph)
-    if (found := _cut_for(logits, activations, classes, regions)) is None:
+    if (cut := _cut_for(logits, activations)) is None:
         parts = [{path: g.mean((2, 3)) / scale[..., 0, 0] for path, g in gradients.items()}
                  for gradients, scale in scaled_gradients(logits, activations, classes, regions, **options)]
         return {path: torch.stack([part[path] for part in parts], 1) for path in activations}
-    cut, scales, firsts = found
+    scales = [region_scale(region) for region in regions.unbind(1)]
+    firsts = [[_first_gradient(logits, classes[:, j], regions[:, j], scale)] for j, scale in enumerate(scales)]
     (path, layer), = activations.items()
     means = summed_gradients(cut, firsts, **options) / layer[0, 0].numel()
     return {path: torch.stack([one / s[..., 0, 0] for one, s in zip(means.chunk(len(scales)), scales)], 1)}

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from .explain import explain_classes
-from .export import export_onnx
+from .export import check_packages, export_onnx
 from .files import whole_folder
 from .photos import read_photo
 from .runtime import onnx_package
@@ -26,13 +26,9 @@ from .stages import last_stages
 from .tensors import unknown_name
 from .trees import background_class
 from .voc import VOID, voc_palette
-from .webruntime import RUNTIME_LICENCE, WebRuntime, find_web_runtime, packed, runtime_script
+from .webruntime import RUNTIME_LICENCE, find_web_runtime, packed, runtime_script
 
 # %% ../nbs/engine/livepage.ipynb #0a6ede2b
-def check_page_packages() -> None:
-    "Raise an `ImportError` that names the extra, where a package is missing that writes networks."
-    for package in ('onnx', 'onnxscript', 'onnxruntime'): onnx_package(package)
-
 def export_with_map(
     model: nn.Module,
     path: str,  # of the layer
@@ -172,7 +168,7 @@ def write_page(
     _check_names(models, layers, examples)
     _check_side(size)
     vocab = _class_names(vocab)
-    check_page_packages()
+    check_packages()
     folder, found = check_page_folder(folder), find_web_runtime(runtime)
     scripts = {'data.js': _data_script(vocab, examples or {}, size),
                'networks.js': _networks_script(models, layers, size, vocab)}

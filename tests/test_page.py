@@ -159,7 +159,7 @@ def test_the_page_alone_takes_the_networks_of_the_package(monkeypatch, tmp_path,
 
 def test_without_the_extra_its_name_is_said_before_any_work(monkeypatch, tmp_path, capsys):
     def missing(name): raise ImportError(f'{name} is missing: pip install "camkd_nb[export]"')
-    monkeypatch.setattr(livepage, 'onnx_package', missing)
+    monkeypatch.setattr('camkd_nb.export.onnx_package', missing)
     monkeypatch.setattr(demo, 'fit', None)
     with pytest.raises(SystemExit) as end: demo.main(['--page', str(tmp_path/'live')])
     assert end.value.code == 2 and 'pip install "camkd_nb[export]"' in capsys.readouterr().err

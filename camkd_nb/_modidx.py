@@ -1042,6 +1042,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'camkd_nb.rows.read_rows': ('engine/rows.html#read_rows', 'camkd_nb/rows.py')},
             'camkd_nb.runtime': { 'camkd_nb.runtime.OnnxModel': ('engine/runtime.html#onnxmodel', 'camkd_nb/runtime.py'),
                                   'camkd_nb.runtime.OnnxModel.__init__': ('engine/runtime.html#onnxmodel.__init__', 'camkd_nb/runtime.py'),
+                                  'camkd_nb.runtime.OnnxModel.__reduce__': ( 'engine/runtime.html#onnxmodel.__reduce__',
+                                                                             'camkd_nb/runtime.py'),
                                   'camkd_nb.runtime.OnnxModel.extra_repr': ( 'engine/runtime.html#onnxmodel.extra_repr',
                                                                              'camkd_nb/runtime.py'),
                                   'camkd_nb.runtime.OnnxModel.forward': ('engine/runtime.html#onnxmodel.forward', 'camkd_nb/runtime.py'),

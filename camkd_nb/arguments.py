@@ -68,7 +68,7 @@ def _add_page(add):
     "The live page."
     add('--page', metavar='FOLDER',
         help='folder for a page on which the networks answer while one paints; without any other argument, those that '
-             'come with the package, and nothing is trained')
+             'come with the package, and nothing is trained; needs pip install "camkd_nb[export]"')
     add('--runtime', metavar='PATH',
         help="for --page: folder or .tgz of the npm package onnxruntime-web (default: npm fetches it, once)")
 

@@ -8,6 +8,7 @@ __all__ = ['OnnxModel']
 # %% ../nbs/engine/runtime.ipynb #284be00a
 import importlib, json
 from collections.abc import Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
@@ -110,13 +111,15 @@ class OnnxModel(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(file, (str, Path)): raise TypeError(f'the file is a {type(file).__name__}: give its path')
-        self.file = Path(file).expanduser()
+        self.file, self.threads = Path(file).expanduser(), threads
         self.session = _session(self.file, threads)
         self.name, (self.batch, _, *self.sides) = _first_input(self.session, self.file)
         said = self.session.get_modelmeta().custom_metadata_map
         self.vocab, self.normalises = json.loads(said.get('classes', '[]')), said.get('normalises') == 'imagenet'
 
     def extra_repr(self) -> str: return f'{self.file.name}, sides {self.sides}'
+
+    def __reduce__(self): return partial(OnnxModel, threads=self.threads), (self.file,)  # a copy opens the file again
 
     def pixels(self, x: Tensor,  # ImageNet-normalised images, (B, 3, H, W)
     ) -> Tensor:  # float32, on the CPU, filled up to the file's sides

@@ -166,6 +166,12 @@ def _task(learn, x):
     check_task(learn.loss_grad)
     return learn.loss_grad
 
+def _check_use(distill, labelled):
+    "A term for images without labels gets some."
+    lost = [name for name, term in distill.terms.items() if term.for_unlabelled]
+    if lost and labelled and not distill.unlabelled:
+        raise ValueError(f"{lost[0]} is for images without labels: give unlabelled='folder', or leave it out")
+
 def _add_unlabelled(distill, learn):
     "Add the terms on a batch without labels; the network itself is run, since its wrapper expects one pass a step."
     x, distiller = distill.unlabelled.next(), distill.distiller
@@ -176,10 +182,13 @@ def _add_unlabelled(distill, learn):
     total = sum((weight * value for value, weight in values.values()), none)
     learn.loss_grad = learn.loss_grad + total
     distill.smooth['unlabelled'].accumulate(total)
+    for name, (value, _) in values.items():
+        if distill.terms[name].for_unlabelled: distill.smooth[name].accumulate(value)
 
 def _add_terms(distill, learn):
     "Add Σ λ·term to the loss that is optimised and to the one that is recorded."
     x, mask = learn.xb[0].as_subclass(Tensor), learn.yb[0].as_subclass(Tensor) if len(learn.yb) else None
+    _check_use(distill, mask is not None)
     task = learn.loss_grad = _task(learn, x)
     values = distill.distiller(x, mask, learn.pred, learn.pct_train, task)
     distill.used = dict.fromkeys(distill.terms, 0.) | {name: weight for name, (_, weight) in values.items()}

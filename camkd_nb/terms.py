@@ -143,6 +143,7 @@ class Term(FitModule):
     name = 'term'  # the column in the progress table
     reads_maps = False  # whether the teacher's forward pass must record a graph from its layers on
     every = 1  # on how many batches there is one that the term is computed on
+    for_unlabelled = False  # whether it is for images without labels alone
     counters = {'calls': 0, 'pulls': (0, 0., 0.), 'batches': (0, 0)}
     calls: int
     pulls: tuple[int, float, float]  # batches measured, sums of the task's and the term's

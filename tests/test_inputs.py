@@ -22,7 +22,7 @@ from camkd_nb.distill import CAMDistill, Distill
 from camkd_nb.distiller import Distiller
 from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import ConfusionMatrix, SegLoss
-from camkd_nb.rivals import DIST, IFV, FeatureKD, PairwiseKD
+from camkd_nb.rivals import DIST, IFV, FeatureKD, PairwiseKD, PseudoLabels
 from camkd_nb.terms import Relative, Term
 from camkd_nb.toyvoc import toy_voc
 from camkd_nb.unlabelled import confident
@@ -299,6 +299,20 @@ def test_images_without_labels_add_the_terms_alone(confidence):
     second = sum(weight * value for value, weight in distiller(others, labels, output).values())
     assert totals.seen == [(pytest.approx((first + second).item(), rel=1e-3), 1)] and second > 0
     if labels is not None: assert 0 < (labels == void).float().mean() < 1
+
+
+def test_pseudo_labels_are_for_images_without_labels():
+    "The total is the task's loss plus that of the teacher's answers to the others; the column tells the second"
+    others, teacher, totals = network(torch.randn, 4, 3, 16, 16, seed=5), network(seed=1), Totals()
+    learn = fit(learner(train=DataLoader(data, bs=4)), Distill(teacher, PseudoLabels(2.), unlabelled=DataLoader(list(others), bs=4)), totals)
+    student, task = network(), SegLoss()
+    images, masks = map(torch.stack, zip(*data[:4]))
+    second = task(student(others), teacher.eval()(others).argmax(1)).item()
+    assert totals.seen == [(pytest.approx(task(student(images), masks).item() + 2 * second, rel=1e-3), 1)]
+    shown = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert (shown['pseudo_labels'], shown['unlabelled']) == (pytest.approx(second, rel=1e-3), pytest.approx(2 * second, rel=1e-3))
+    with pytest.raises(ValueError, match="pseudo_labels is for images without labels: give unlabelled='folder'"):
+        fit(learner(), Distill(teacher, [PixelKD(), PseudoLabels()]))
 
 
 class Dies(Callback):

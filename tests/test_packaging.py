@@ -181,7 +181,7 @@ public_names = '''
     SegLoss MeanIoU PixelAccuracy evaluate predict
     deeplabv3 pspnet build_model toy_teacher toy_student voc_teacher cost_table
     class_attention ClassMaps show_attention AttentionExplorer
-    ClassAttention PixelKD ChannelKD AttentionTransfer PairwiseKD IFV FeatureKD DIST Relative Term Distiller
+    ClassAttention PixelKD ChannelKD AttentionTransfer PairwiseKD IFV FeatureKD DIST PseudoLabels Relative Term Distiller
     Distill CAMDistill Checkpoint
     Study Method run_study read_runs paired_gains plot_gains'''.split()
 

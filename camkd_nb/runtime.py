@@ -119,7 +119,7 @@ class OnnxModel(nn.Module):
 
     def extra_repr(self) -> str: return f'{self.file.name}, sides {self.sides}'
 
-    def __reduce__(self) -> tuple: return partial(OnnxModel, threads=self.threads), (self.file,)  # a copy opens it again
+    def __reduce__(self) -> tuple: return partial(OnnxModel, threads=self.threads), (self.file,)  # opened again
 
     def pixels(self, x: Tensor,  # ImageNet-normalised images, (B, 3, H, W)
     ) -> Tensor:  # float32, on the CPU, filled up to the file's sides

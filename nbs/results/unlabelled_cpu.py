@@ -9,9 +9,9 @@ The student is MobileNetV2 cut after block 13, pretrained on ImageNet, its first
 million parameters. Its teacher is a DeepLabV3 on MobileNetV2 for the classes of VOC: 2.11 million. $CAMKD_VOC is a tree of Pascal
 VOC 2012 whose lists train and val hold the 311 and 321 photographs named 2007_*, $CAMKD_MORE one whose list "more" is more.txt beside
 this script (the masks there, from the list trainaug, serve "labels for all" alone), $CAMKD_WEIGHTS a folder with mobilenetv2_imagenet.pth
-and deeplabv3_mobilenetv2_voc.pth; $CAMKD_POOL keeps the crops, 3 GB. Each step sees 8 labelled crops, and besides, but for the methods that
-are a loss by itself, 8 of the others: for the losses alone ("unlabelled too"), or with the teacher's answers ("pseudo-labels") or the
-labels ("labels for all") as labels too. unlabelled_cpu.jsonl holds a line a training; `rows` takes the best weights in it.
+and deeplabv3_mobilenetv2_voc.pth; $CAMKD_POOL keeps the crops, 3 GB. Each step sees 8 labelled crops. Except where a
+loss is named alone, it also sees 8 of the others: for the loss ("unlabelled too"), or with the teacher's answers ("pseudo-labels") or the
+labels ("labels for all") as labels too. With "true labels choose" the labels only choose the classes that class attention asks about. unlabelled_cpu.jsonl holds a line a training; `rows` takes the best weights in it.
 """
 import argparse, json, math, os, random, tempfile, time, zlib
 from collections import OrderedDict

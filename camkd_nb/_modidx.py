@@ -1026,8 +1026,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'camkd_nb.rivals.PseudoLabels.__init__': ( 'engine/rivals.html#pseudolabels.__init__',
                                                                             'camkd_nb/rivals.py'),
                                  'camkd_nb.rivals.PseudoLabels.forward': ('engine/rivals.html#pseudolabels.forward', 'camkd_nb/rivals.py'),
-                                 'camkd_nb.rivals.PseudoLabels.weight_on': ( 'engine/rivals.html#pseudolabels.weight_on',
-                                                                             'camkd_nb/rivals.py'),
                                  'camkd_nb.rivals._feature_gap': ('engine/rivals.html#_feature_gap', 'camkd_nb/rivals.py'),
                                  'camkd_nb.rivals._likeness_gap': ('engine/rivals.html#_likeness_gap', 'camkd_nb/rivals.py'),
                                  'camkd_nb.rivals._translate': ('engine/rivals.html#_translate', 'camkd_nb/rivals.py'),

@@ -174,14 +174,6 @@ class PseudoLabels(Term):
                              'labels to compare with; give a number')
         super().__init__(weight)
 
-    def weight_on(self,
-        progress: float,  # 0 at the start of training to 1 at its end
-        labelled: bool = True,  # whether the batch has labels, which count more than answers
-    ) -> float:
-        "The weight on the next batch: 0 where there are labels."
-        weight = super().weight_on(progress, labelled)
-        return 0. if labelled else weight
-
     def forward(self, step: Step) -> Tensor:
         "The mean over the pixels that count."
         student, teacher, mask = softened(step, 1.)

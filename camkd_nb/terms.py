@@ -182,7 +182,8 @@ class Term(FitModule):
         "The weight on the next batch, which is counted: `every` times as much on each `every`-th, 0 on the others."
         before = self.batches[not labelled]
         self.batches = (self.batches[0] + labelled, self.batches[1] + (not labelled))
-        return 0. if before % self.every else self.every * self.weight_at(progress)
+        skipped = before % self.every or labelled and self.for_unlabelled
+        return 0. if skipped else self.every * self.weight_at(progress)
 
     def options(self) -> dict[str, object]:
         "What the term was made with, by the names of the arguments."

@@ -20,6 +20,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 from pathlib import Path
 
 import numpy as np, torch
+from small_student_gpu import BLOCKS, GRID, SIX, SIZE, TREE, WEIGHTS, whole_teacher
 from fastai.torch_core import set_seed
 from PIL import Image
 from torch import nn
@@ -32,17 +33,15 @@ from camkd_nb.evaluate import network_input
 from camkd_nb.heads import PSPHead
 from camkd_nb.losses import ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import ConfusionMatrix, SegLoss
-from camkd_nb.published import deeplabv3_mobilenetv2_voc
 from camkd_nb.rivals import FeatureKD
 from camkd_nb.samples import VOCImage, VOCMask
 from camkd_nb.tensors import eval_mode, imagenet_stats, resize, resize_mask
 from camkd_nb.voc import VOC_CLASSES, VOID, read_image, read_mask, voc_items
 
 folder = lambda name, other='.': Path(os.environ.get(name, other))
-TREE, MORE, WEIGHTS = folder('CAMKD_VOC'), folder('CAMKD_MORE'), folder('CAMKD_WEIGHTS')
+MORE = folder('CAMKD_MORE')
 POOL, FILE = folder('CAMKD_POOL', Path(tempfile.gettempdir())/'unlabelled_pool'), Path(__file__).with_suffix('.jsonl')
-SIZE, GRID, LONG, FROZEN, BLOCKS, BS, LR = 257, 65, 400, 7, 14, 8, 2e-3
-SIX = 'cat', 'dog', 'horse', 'cow', 'sheep', 'person'
+LONG, FROZEN, BS, LR = 400, 7, 8, 2e-3
 OURS, THEIRS = (32, 33, 33), (320, 17, 17)  # what the pool keeps of a crop: the student's input, the teacher's last features
 
 # --- networks ---
@@ -65,8 +64,6 @@ class TeacherHead(nn.Module):
         super().__init__()
         self.last, self.head = nn.Identity(), whole_teacher().head
     def forward(self, x): return resize(self.head(self.last(x[:, math.prod(OURS):].view(-1, *THEIRS).float())).float(), (GRID, GRID), align_corners=True)
-
-def whole_teacher(): return deeplabv3_mobilenetv2_voc(WEIGHTS/'deeplabv3_mobilenetv2_voc.pth').float().eval()
 
 LAYERS = {f'backbone.{BLOCKS - 1 - FROZEN}': 'last'}
 

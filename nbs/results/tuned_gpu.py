@@ -2,12 +2,14 @@
 several trainings run side by side on streams of their own.
 
     python tuned_gpu.py run --out FOLDER --seconds 335    fills the pool, tunes every weight on 80 held-out images, then trains the grid
-    python tuned_gpu.py rows --device cpu --out FOLDER --first 1 --seeds 3 --methods none,channel KD     further rows of the grid, at the tuned weights
+    python tuned_gpu.py rows --device cpu --out FOLDER --first 1 --seeds 3 --methods "none;channel KD"     further rows of the grid, at the tuned weights
+    python tuned_gpu.py pace                              milliseconds a step of each loss, alone on the GPU
     python tuned_gpu.py table --out FOLDER
 
 Networks, photographs and environment variables are those of small_student_gpu.py beside it. tuned_gpu.jsonl holds one line a
 training: those of 1,500 steps tune the weights (scored on 80 of the 311 training images, which they do not see), those of 2,500
-are scored on the 321 validation images. Made on one NVIDIA H100 with the code of commit 5accb01, PyTorch 2.11.
+are scored on the 321 validation images. Made on one NVIDIA H100 with PyTorch 2.11: the tuning of single losses and seed 0 with the
+code of commit 5accb01, the rest (rows with a device) with that of this script's last commit.
 """
 import argparse, json, math, multiprocessing, os, sys, tempfile, time, traceback
 from pathlib import Path
@@ -199,14 +201,16 @@ METHODS = {
     'channel KD + feature KD + class attention': lambda w: [ChannelKD(w[0]), FeatureKD(w[1], LAYERS), at(w[2])]}
 TRIED = {'pixel KD': (.1, .3, 1, 3), 'channel KD': (1, 3, 9, 27), 'feature KD': (.3, 1, 3, 10), 'DIST': (.3, 1, 3, 10), 'attention transfer': (.3, 1, 3, 10), 'class attention': (.07, .2, .6, 2)}
 
+PAIRS = {'channel KD + class attention': ([3, .07], [9, .07], [9, .2]), 'feature KD + class attention': ([.3, .07], [.3, .2])}
+
 def tuning_jobs(args):
     base = dict(tuning=True, steps=args.tuning_steps, share=args.share)
     return [dict(method='none', weight=None, seed=s, **base) for s in range(args.tuning_seeds)] + [dict(method=m, weight=w, seed=s, **base) for s in range(args.tuning_seeds) for k in range(4) for m, ws in TRIED.items() for w in [ws[k]]]
 
 def main_jobs(args, best):
-    w = lambda *names: best[names[0]] if len(names) == 1 else [best[n] for n in names]
+    def w(*names): return best.get(' + '.join(names)) or [best[n] for n in names]
     grid = [('none', None)] + [(m, w(m)) for m in TRIED] + [('channel KD + class attention', w('channel KD', 'class attention')), ('feature KD + class attention', w('feature KD', 'class attention')), ('channel KD + feature KD', w('channel KD', 'feature KD')),
-        ('channel KD + feature KD + class attention', w('channel KD', 'feature KD', 'class attention')), ('class attention, 1 class', w('class attention')), ('class attention, first order', w('class attention')), ('channel KD + attention transfer', w('channel KD', 'attention transfer')),
+        ('channel KD + feature KD + class attention', w('channel KD', 'feature KD', 'class attention')), ('class attention, 1 class', w('class attention')), ('class attention, first order', w('class attention')), ('class attention, absent too', w('class attention')), ('channel KD + attention transfer', w('channel KD', 'attention transfer')),
         ('DIST + class attention', w('DIST', 'class attention')), ('channel KD + DIST', w('channel KD', 'DIST'))]
     return [dict(method=m, weight=v, seed=s, tuning=False, steps=args.steps, share=args.share) for s in range(args.seeds) for m, v in grid]
 
@@ -252,15 +256,25 @@ def alone(pool, teacher, args, device):
         sync(); out[name] = (round(1000 * a, 2), round(1000 * (time.perf_counter() - s) / max(1, args.timed // 4), 2))
     return out
 
+def begun(args, jobs):
+    "The pool, the teacher and their device."
+    device = torch.device(args.device)
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return load(args, jobs, device), new_teacher().to(device), device
+
+def pace(args):
+    "Milliseconds a step; 3 where one cannot be captured."
+    pool, teacher, device = begun(args, draw_all(args))
+    print('ms a step, graph and eager:', alone(pool, teacher, args, device), flush=True)
+    if FAILED: print(FAILED), sys.exit(3)
+
 def run(args):
     began = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = draw_all(args)
     print(f'{time.time() - began:.0f} s drawn', flush=True)
-    device = torch.device(args.device)
-    torch.set_num_threads(1)
-    pool = load(args, jobs, device)
-    teacher = new_teacher().to(device)
+    pool, teacher, device = begun(args, jobs)
     print(f'{time.time() - began:.0f} s: pool of {len(pool.x)} crops, {pool.x.numel() / 1e9:.1f} GB', flush=True)
     print('ms a step, graph and eager:', alone(pool, teacher, args, device), flush=True)
     if FAILED: print(FAILED), sys.exit(3)
@@ -276,16 +290,27 @@ def run(args):
 
 def known(file): return [json.loads(line) for line in open(file)] if file.exists() else []
 
+def at_best(made, names):
+    "The weight of each name with the highest score in tuning."
+    tuned = [r for r in made if r['tuning']]
+    return {m: max((r for r in tuned if r['method'] == m), key=lambda r: r['miou'])['weight'] for m in names if any(r['method'] == m for r in tuned)}
+
 def rows(args):
-    "Trainings of the grid at the weights that were tuned (the rows beside this script), each seed's methods one after another; rows that exist are left out."
-    tuned, device = [r for r in known(Path(__file__).with_suffix('.jsonl')) if r['tuning']], torch.device(args.device)
-    best = {m: max((r for r in tuned if r['method'] == m), key=lambda r: r['miou'])['weight'] for m in TRIED}
-    done = {(r['method'], r['seed']) for r in known(args.out/'tuned_gpu.jsonl') if not r['tuning']}
-    jobs = [j for j in main_jobs(args, best) if j['seed'] >= args.first and (j['method'], j['seed']) not in done]
-    if args.methods: jobs = [j for j in jobs if j['method'] in args.methods.split(',')]
-    torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    run_jobs(jobs, load(args, draw_all(args), device), new_teacher().to(device), args, device, args.spare)
+    "Trainings of the grid at the weights that were tuned (the rows beside this script); pairs that were not are tuned first. Rows that exist are left out."
+    began, kept, file = time.time(), Path(__file__).with_suffix('.jsonl'), args.out/'tuned_gpu.jsonl'
+    pool, teacher, device = begun(args, draw_all(args))
+    print(f'{time.time() - began:.0f} s: pool of {len(pool.x)} crops', flush=True)
+    asked = [group.split(';') for group in args.methods or []]
+    pairs = [m for m in PAIRS if any(m in group for group in asked)]
+    have = {(r['method'], str(r['weight'])) for r in known(kept) + known(file) if r['tuning']}
+    tune = [dict(method=m, weight=w, seed=0, tuning=True, steps=args.tuning_steps, share=args.share) for m in pairs for w in PAIRS[m] if (m, str(w)) not in have]
+    run_jobs(tune, pool, teacher, args, device, args.spare)
+    best = at_best(known(kept) + known(file), [*TRIED, *PAIRS])
+    print(best, flush=True)
+    grid = [j for j in main_jobs(args, best) if j['seed'] >= args.first]
+    jobs = {(j['method'], j['seed']): j for group in asked or [None] for j in grid if group is None or j['method'] in group}
+    done = {(r['method'], r['seed']) for r in known(file) if not r['tuning']}
+    run_jobs([job for key, job in jobs.items() if key not in done], pool, teacher, args, device, args.spare)
 
 def table(args):
     rows = [r for r in known(args.out/'tuned_gpu.jsonl') if not r['tuning']]
@@ -299,10 +324,10 @@ def table(args):
 def main():
     made = argparse.ArgumentParser()
     add = made.add_argument
-    add('what', choices=('run', 'rows', 'table')), add('--out', type=Path, default=Path('.')), add('--work', type=Path, default=Path(tempfile.gettempdir())/'tuned_gpu')
+    add('what', choices=('run', 'rows', 'pace', 'table')), add('--out', type=Path, default=Path('.')), add('--work', type=Path, default=Path(tempfile.gettempdir())/'tuned_gpu')
     add('--until', type=float, default=0.), add('--seconds', type=float, default=300.), add('--device', default='cuda'), add('--images', type=int, default=None)
     add('--crops', type=int, default=32), add('--more-crops', type=int, default=8), add('--procs', type=int, default=16), add('--eager', action='store_true')
-    add('--side', type=int, default=6), add('--steps', type=int, default=3000), add('--tuning-steps', type=int, default=2000), add('--tuning-seeds', type=int, default=1), add('--seeds', type=int, default=5), add('--first', type=int, default=0), add('--methods', help='with commas; else all')
+    add('--side', type=int, default=6), add('--steps', type=int, default=3000), add('--tuning-steps', type=int, default=2000), add('--tuning-seeds', type=int, default=1), add('--seeds', type=int, default=5), add('--first', type=int, default=0), add('--methods', action='append', help='names with ; between them, else all; given again, what is trained after that')
     add('--share', type=float, default=.6), add('--spare', type=float, default=8.), add('--timed', type=int, default=40)
     args = made.parse_args()
     args.until = args.until or time.time() + args.seconds

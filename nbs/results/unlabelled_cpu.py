@@ -31,9 +31,9 @@ from camkd_nb.data import JointAugment
 from camkd_nb.distiller import Distiller
 from camkd_nb.evaluate import network_input
 from camkd_nb.heads import PSPHead
-from camkd_nb.losses import ChannelKD, ClassAttention, PixelKD
+from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import ConfusionMatrix, SegLoss
-from camkd_nb.rivals import FeatureKD
+from camkd_nb.rivals import DIST, FeatureKD
 from camkd_nb.samples import VOCImage, VOCMask
 from camkd_nb.tensors import eval_mode, imagenet_stats, resize, resize_mask
 from camkd_nb.voc import VOC_CLASSES, VOID, read_image, read_mask, voc_items
@@ -51,21 +51,27 @@ def stem_and_rest():
     return nn.Sequential(*blocks[:FROZEN]).eval().requires_grad_(False), nn.Sequential(*blocks[FROZEN:])
 
 class Student(nn.Module):
-    "Blocks 7 to 13 and a head, on rows of the pool."
+    "Blocks 7 to 13 and a head, on rows of the pool, or behind the frozen blocks on images."
     def __init__(self):
         super().__init__()
-        self.backbone, self.head = stem_and_rest()[1].to(memory_format=torch.channels_last), PSPHead(96, 21, width=64)
+        self.stem, rest = stem_and_rest()
+        self.backbone, self.head = rest.to(memory_format=torch.channels_last), PSPHead(96, 21, width=64)
     def small_logits(self, kept): return self.head(self.backbone(kept.float().contiguous(memory_format=torch.channels_last)))
-    def forward(self, x): return resize(self.small_logits(x[:, :math.prod(OURS)].view(-1, *OURS)).float(), (GRID, GRID), align_corners=True)
+    def forward(self, x):
+        if x.ndim == 4: return resize(self.small_logits(self.stem(x)), x.shape[-2:], align_corners=True)
+        return resize(self.small_logits(x[:, :math.prod(OURS)].view(-1, *OURS)).float(), (GRID, GRID), align_corners=True)
 
 class TeacherHead(nn.Module):
-    "The teacher from its last features on; `last` is the layer that is compared."
+    "The teacher from its last features on, or whole on images; `last` is the layer that is compared."
     def __init__(self):
         super().__init__()
-        self.last, self.head = nn.Identity(), whole_teacher().head
-    def forward(self, x): return resize(self.head(self.last(x[:, math.prod(OURS):].view(-1, *THEIRS).float())).float(), (GRID, GRID), align_corners=True)
+        whole = whole_teacher()
+        self.backbone, self.last, self.head = whole.backbone, nn.Identity(), whole.head
+    def forward(self, x):
+        if x.ndim == 4: return resize(self.head(self.last(self.backbone(x))), x.shape[-2:], align_corners=True)
+        return resize(self.head(self.last(x[:, math.prod(OURS):].view(-1, *THEIRS).float())).float(), (GRID, GRID), align_corners=True)
 
-LAYERS = {f'backbone.{BLOCKS - 1 - FROZEN}': 'last'}
+LAYERS = {f'backbone.{BLOCKS - 1 - FROZEN}': 'last'}  # the last layer before the heads
 
 # --- pool ---
 def photographs():
@@ -115,18 +121,20 @@ def loaded():
 
 # --- one training ---
 def at(weight, **options): return ClassAttention(weight, LAYERS, **options)
-TERMS = {'none': lambda: [], 'channel KD': lambda w: [ChannelKD(w)], 'class attention': lambda w: [at(w)], 'pixel KD': lambda w: [PixelKD(w)], 'feature KD': lambda w: [FeatureKD(w, LAYERS)],
+TERMS = {'none': lambda: [], 'channel KD': lambda w: [ChannelKD(w)], 'class attention': lambda w: [at(w)], 'pixel KD': lambda w: [PixelKD(w)],
+         'feature KD': lambda w: [FeatureKD(w, LAYERS)], 'DIST': lambda w: [DIST(w)], 'attention transfer': lambda w: [AttentionTransfer(w, LAYERS)],
          'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)]}
-EXTRA = {', unlabelled too': 'terms', ', labels for all': 'labels', ', pseudo-labels': 'answers', ', true labels choose': 'choose'}
+USES = ', unlabelled too', ', labels for all', ', pseudo-labels', ', true labels choose'
 
 def split(method):
-    "'channel KD, unlabelled too' -> the terms' name, and what the other photographs are for."
-    for end, use in EXTRA.items():
-        if method.endswith(end): return method.removesuffix(end), use
-    return method, None
+    "'channel KD, pseudo-labels at .3' -> the terms' name, what the other photographs are for, and the weight of that."
+    for use in USES:
+        name, found, weight = method.partition(use)
+        if found: return name, use, float(weight.removeprefix(' at ') or 1)
+    return method, None, 1.
 
 def train(pool, method, weights, seed, steps, tuning, amp=True):
-    name, use = split(method)
+    name, use, weight = split(method)
     owner, n = pool['owner'], len(voc_items(TREE, 'train'))
     first = torch.tensor([r for r, k in enumerate(owner.tolist()) if k < n and not (tuning and k % 4 == 0)])
     rest = torch.arange(len(owner))[owner >= n]
@@ -144,11 +152,14 @@ def train(pool, method, weights, seed, steps, tuning, amp=True):
         (x, y), other = batch(first), batch(rest)
         with torch.autocast('cpu', torch.bfloat16, enabled=amp):
             total = d.step(x, y, task).total if d else task(student(x), y)
-            if use == 'labels' or use == 'answers':
-                with torch.no_grad(): labels = other[1] if use == 'labels' else teacher(other[0]).argmax(1)
-                total = total + (d.step(other[0], labels, task).total if d else task(student(other[0]), labels))
-            elif use == 'terms': total = total + d.step(other[0], None).total
-            elif use == 'choose': total = total + d.step(*other, lambda *_: torch.zeros(())).total
+            if use in (', labels for all', ', pseudo-labels'):
+                with torch.no_grad(): labels = other[1] if use == ', labels for all' else teacher(other[0]).argmax(1)
+                if d:
+                    found = d.step(other[0], labels, task)
+                    total = total + found.total + (weight - 1) * found.task
+                else: total = total + weight * task(student(other[0]), labels)
+            elif use == ', unlabelled too': total = total + d.step(other[0], None).total
+            elif use == ', true labels choose': total = total + d.step(*other, lambda *_: torch.zeros(())).total
         opt.zero_grad(set_to_none=True)
         total.backward()
         opt.step(), sched.step()
@@ -183,9 +194,12 @@ def alike(student, teacher, whole, n=100):
     return dict(same=round(float(np.mean(same)), 4), mistakes=round(float(np.mean(mistakes)), 4), map_cosine=round(float(np.mean(cosines)), 4))
 
 # --- what is trained ---
-TRIED = {'none': [[]], 'channel KD, unlabelled too': [[.3], [1.], [3.], [9.], [27.]], 'class attention, unlabelled too': [[.02], [.07], [.2], [.6]], 'pixel KD, unlabelled too': [[.1], [.3], [1.], [3.]],
-         'channel KD + class attention, unlabelled too': [[3., .02], [1., .02], [1., .07]]}
-GRID_OF = ['none', 'channel KD, unlabelled too', 'class attention, unlabelled too', 'none, pseudo-labels', 'channel KD + class attention, unlabelled too', 'pixel KD, unlabelled too', 'channel KD', 'class attention', 'none, labels for all']
+U, P = ', unlabelled too', ', pseudo-labels'
+TRIED = {'none': [[]], f'channel KD{U}': [[.3], [1.], [3.], [9.], [27.]], f'class attention{U}': [[.02], [.07], [.2], [.6]], f'pixel KD{U}': [[.1], [.3], [1.], [3.]],
+         f'feature KD{U}': [[.1], [.3], [1.], [3.]], f'DIST{U}': [[.1], [.3], [1.], [3.]], f'channel KD + class attention{U}': [[3., .02], [1., .02], [1., .07]],
+         **{f'none{P} at {w}': [[]] for w in (.1, .3, 3)}, f'none{P}': [[]]}
+GRID_OF = ['none', f'channel KD{U}', f'class attention{U}', f'pixel KD{U}', f'feature KD{U}', f'DIST{U}', f'channel KD + class attention{U}', f'none{P}', f'channel KD{P}', f'class attention{P}',
+           f'channel KD + class attention{P}', 'channel KD', 'class attention', 'none, labels for all']
 
 def known(file): return [json.loads(line) for line in open(file)] if file.exists() else []
 
@@ -194,10 +208,10 @@ def add(args, row):
     print({k: row[k] for k in ('method', 'weights', 'seed', 'steps', 'miou', 'six', 'cpu')}, flush=True)
 
 def tune(args):
-    data, done = loaded(), {(r['method'], str(r['weights'])) for r in known(args.out) if r['tuning']}
+    data, done = loaded(), {(r['method'], str(r['weights']), r['steps']) for r in known(args.out) if r['tuning']}
     for method, ws in TRIED.items():
         for w in ws:
-            if (args.methods is None or method in args.methods.split(';')) and (method, str(w)) not in done: add(args, train(data, method, w, 0, args.steps, True))
+            if (args.methods is None or method in args.methods.split(';')) and (method, str(w), args.steps) not in done: add(args, train(data, method, w, 0, args.steps, True))
 
 def best(args, name):
     "The best weights of a loss, among those that were tuned here or in the file beside this script."

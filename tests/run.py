@@ -1,7 +1,8 @@
 """The tests: each notebook and each of pytest's files in a process of its own, the longest first.
 
-    python tests/run.py                                      # everything but the pages of nbs/benchmarks
-    python tests/run.py --all                                # these as well
+    python tests/run.py                                      # everything but nbs/benchmarks, the site and whole browsers
+    python tests/run.py --rest                               # what that leaves out
+    python tests/run.py --all                                # everything
     python tests/run.py nbs/03_metrics.ipynb nbs/tutorials   # some notebooks
     python tests/run.py tests/test_packaging.py              # some of pytest's tests
 
@@ -26,7 +27,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # two workers with one thread eac
 root = Path(__file__).resolve().parents[1]
 sys.path[0] = str(root)  # instead of tests/
 real_data_environment()
-benchmarks = root/'nbs/benchmarks'
+rest = [root/part for part in ('nbs/benchmarks', 'tests/test_browser.py', 'tests/test_gpu_check.py', 'tests/test_site.py')]
 durations = root/'tests/durations.json'  # CPU seconds of an earlier run: a hint for the order, no more
 shared = 'torch', 'torchvision', 'fastai.vision.all', 'ipywidgets', 'matplotlib_inline.backend_inline', 'nbformat'
 skip_flags = get_config(root).tst_flags.split()
@@ -54,12 +55,15 @@ def name(path):
     return path.relative_to(base).with_suffix('').as_posix()
 
 
+def in_rest(path): return any(path.is_relative_to(part) for part in rest)
+
+
 def find(path, every):
     "The jobs at or below `path`: notebooks in nbs, elsewhere pytest's files"
     if path.is_file(): return [path]
     files = sorted(path.rglob('*.ipynb' if path.is_relative_to(root/'nbs') else 'test_*.py'))
     files = [file for file in files if not any(part[0] in '_.' for part in file.relative_to(path).parts)]
-    return [file for file in files if every or path.is_relative_to(benchmarks) or not file.is_relative_to(benchmarks)]
+    return [file for file in files if every or in_rest(path) or not in_rest(file)]
 
 
 def needs_newer_torch(path):
@@ -179,14 +183,16 @@ def run(paths, args):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('paths', nargs='*', type=Path, help='notebooks, files for pytest, or folders of them')
-    parser.add_argument('--all', action='store_true', help='the pages of nbs/benchmarks as well')
+    parser.add_argument('--all', action='store_true', help='everything: also nbs/benchmarks, the site and whole browsers')
+    parser.add_argument('--rest', action='store_true', help='these alone')
     parser.add_argument('--flags', default='', help='run cells under these directives as well: "slow cuda"')
     parser.add_argument('--workers', type=int, default=2, help='jobs that run at the same time')
     parser.add_argument('--limit', type=float, default=1200, help='seconds after which a job has failed')
     parser.add_argument('--cell-limit', type=int, default=300, help='seconds after which a cell has failed')
     parser.add_argument('--store-durations', action='store_true', help=f'rewrite {durations.name}')
     args = parser.parse_args()
-    args.paths = [path.resolve() for path in args.paths] or [root/'nbs', root/'tests']
+    if args.rest and (args.all or args.paths): parser.error('--rest names what is run: give it alone')
+    args.paths = [path.resolve() for path in args.paths] or (rest if args.rest else [root/'nbs', root/'tests'])
     if missing := [str(path) for path in args.paths if not path.exists()]: parser.error(f'no such file: {missing}')
     return args
 

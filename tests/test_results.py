@@ -126,3 +126,19 @@ def test_gains_from_photographs_without_labels(method, other, column, seeds, mea
     points = 100 * found.assign(rest=(21 * found.miou - 6 * found.six) / 15).pivot(index='seed', columns='method', values=column)
     gap = (points[method] - points[other]).dropna()[:seeds]
     assert len(gap) == seeds and [gap.mean(), *interval(gap)] == pytest.approx([mean, low, high], abs=.06)
+
+
+# --- the table of a GPU ---
+def gpu_rows(title):
+    "A table of gpu.md as lists of cells."
+    part = (root/'nbs/results/gpu.md').read_text().split(f'### {title}')[1].split('###')[0]
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in part.splitlines() if line.startswith('|')][2:]
+
+
+def test_the_front_page_tells_the_table_of_the_gpu():
+    told = next(cell.source for cell in nbformat.read(root/'nbs/index.ipynb', as_version=4).cells if 'On one GPU, an H100' in cell.source)
+    steps = {row[0]: row for row in gpu_rows('Step')}
+    assert f"takes {steps['class attention, float32'][2]} times a step of pixel-wise" in told
+    pace = {row[0]: float(row[-1]) for row in gpu_rows('Training')}
+    assert f"takes {pace['float32, CAMDistill'] / pace['float32, plain']:.1f} times a plain one" in told
+    assert all(row[1] == '0' for row in gpu_rows('Waits') if 'Learner' not in row[0])

@@ -59,7 +59,7 @@ def read_runs(
 def paired_gains(
     runs: pd.DataFrame,  # of one setting, as `read_runs` gives it
     baseline: str = 'none',  # the method to compare with
-) -> pd.DataFrame:  # one row a method, in points of mIoU: seeds, miou, sd, gain, low, high, better
+) -> pd.DataFrame:  # one row a method, in points of mIoU: seeds (of both), miou, sd, gain, low, high, better
     "The mean gain of each method over the baseline on the same seeds, with its 95 % interval."
     _check_one_setting(runs)
     points = runs.assign(points=100 * runs.miou)
@@ -73,7 +73,7 @@ def _gain(scores, gains):
     "One row of the table."
     gains = gains.dropna()
     low, high = interval(gains)
-    return dict(seeds=scores.count(), miou=scores.mean(), sd=scores.std(), gain=gains.mean(), low=low, high=high,
+    return dict(seeds=len(gains), miou=scores.mean(), sd=scores.std(), gain=gains.mean(), low=low, high=high,
                 better=f'{(gains > 0).sum()} of {len(gains)}')
 
 def _check_one_setting(runs):

@@ -78,13 +78,37 @@ def test_unlabelled_photographs_against_the_labelled_ones_alone():
     assert [*lift, lift.mean(), (more - alone)[SIGNED].mean()] == pytest.approx([8.5, 4.6, 6.5, -4.5], abs=.06)
 
 
+tried = pd.read_json(root/'nbs/results/tuned_gpu.jsonl', lines=True, precise_float=True)
+
+
 def test_best_weights_at_the_end_of_their_grids():
-    tried = pd.read_json(root/'nbs/results/tuned_gpu.jsonl', lines=True, precise_float=True)
-    grid, best = tried[tried.tuning].groupby('method').weight, tried[~tried.tuning].query('seed == 0').set_index('method')
-    inside = {name: grid.get_group(name).min() < best.weight[name] < grid.get_group(name).max() for name in ('channel KD', 'feature KD', 'class attention')}
+    tuning = tried[tried.tuning & (tried.method != 'none')]
+    best = tuning.loc[tuning.groupby('method').miou.idxmax()].set_index('method').weight
+    single = tuning[~tuning.method.str.contains(' [+] ')].astype({'weight': float}).groupby('method').weight
+    inside = {name: single.min()[name] < best[name] < single.max()[name] for name in ('channel KD', 'feature KD', 'class attention')}
     assert inside == {'channel KD': False, 'feature KD': False, 'class attention': True}
-    gains = 100 * (best.miou - best.miou['none'])
-    assert gains[['channel KD', 'class attention', 'channel KD + class attention']].tolist() == pytest.approx([3.2, 2.6, .9], abs=.06)
+    assert best['channel KD + class attention'] == [3, .07] and (100 * tuning[(tuning.method == 'channel KD') & tuning.weight.isin([3, 9])].miou).round(1).tolist() == [30.8, 30.9]
+    assert all((row.weight == best[row.method]) for row in tried[~tried.tuning & (tried.method != 'none') & (tried.seed > 0)].itertuples())
+
+
+@pytest.mark.parametrize('method, other, column, pairs, mean, low, high', [
+    ('channel KD', 'none', 'miou', 4, 2.5, .8, 4.1), ('class attention', 'none', 'miou', 4, 1.4, 0., 2.7), ('feature KD', 'none', 'miou', 4, 2.0, -.5, 4.5),
+    ('DIST', 'none', 'miou', 4, 1.8, -.4, 4.0), ('attention transfer', 'none', 'miou', 4, 1.1, -.8, 3.0), ('pixel KD', 'none', 'miou', 5, .4, -1.5, 2.3),
+    ('channel KD + class attention', 'none', 'miou', 3, 3.2, -.2, 6.6), ('channel KD + class attention', 'channel KD', 'miou', 3, 1.0, .3, 1.6),
+    ('channel KD', 'none', 'six', 4, .3, -3.8, 4.4), ('class attention', 'channel KD', 'six', 4, 1.9, .4, 3.4)])
+def test_gains_at_tuned_weights(method, other, column, pairs, mean, low, high):
+    six = 'cat', 'dog', 'horse', 'cow', 'sheep', 'person'
+    once = tried[~tried.tuning & (tried.weight.map(str) != '[9, 0.2]') & (tried.seed < 5)]
+    points = 100 * once.assign(six=[sum(iou[name] for name in six) / 6 for iou in once.class_iou]).pivot(index='seed', columns='method', values=column)
+    gap = (points[method] - points[other]).dropna()[:pairs]
+    assert len(gap) == pairs and [gap.mean(), *interval(gap)] == pytest.approx([mean, low, high], abs=.06)
+
+
+def test_channel_kd_at_the_weight_that_it_has_in_the_pair():
+    alone = rows('small_student_gpu.csv', '311 + 550 labelled, 2500 steps').query('method == "channel KD"').sort_values('seed')
+    pair = tried[~tried.tuning & (tried.weight.map(str) == '[3, 0.07]')].sort_values('seed')
+    assert (100 * alone.miou[:2]).tolist() == pytest.approx([35.6, 34.8], abs=.06)
+    assert (100 * pair.miou[:3]).tolist() == pytest.approx([34.9, 33.5, 35.0], abs=.06)
 
 
 def test_times_in_the_text_are_those_of_one_code():

@@ -182,8 +182,10 @@ def _add_unlabelled(distill, learn):
     total = sum((weight * value for value, weight in values.values()), none)
     learn.loss_grad = learn.loss_grad + total
     distill.smooth['unlabelled'].accumulate(total)
-    for name, (value, _) in values.items():
-        if distill.terms[name].for_unlabelled: distill.smooth[name].accumulate(value)
+    for name, (value, weight) in values.items():
+        if not distill.terms[name].for_unlabelled: continue
+        distill.smooth[name].accumulate(value)
+        distill.used[name] = weight
 
 def _add_terms(distill, learn):
     "Add Σ λ·term to the loss that is optimised and to the one that is recorded."

@@ -304,13 +304,15 @@ def test_images_without_labels_add_the_terms_alone(confidence):
 def test_pseudo_labels_are_for_images_without_labels():
     "The total is the task's loss plus that of the teacher's answers to the others; the column tells the second"
     others, teacher, totals = network(torch.randn, 4, 3, 16, 16, seed=5), network(seed=1), Totals()
-    learn = fit(learner(train=DataLoader(data, bs=4)), Distill(teacher, PseudoLabels(2.), unlabelled=DataLoader(list(others), bs=4)), totals)
+    distill = Distill(teacher, PseudoLabels(2.), unlabelled=DataLoader(list(others), bs=4))
+    learn = fit(learner(train=DataLoader(data, bs=4)), distill, totals)
     student, task = network(), SegLoss()
     images, masks = map(torch.stack, zip(*data[:4]))
     second = task(student(others), teacher.eval()(others).argmax(1)).item()
     assert totals.seen == [(pytest.approx(task(student(images), masks).item() + 2 * second, rel=1e-3), 1)]
     shown = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     assert (shown['pseudo_labels'], shown['unlabelled']) == (pytest.approx(second, rel=1e-3), pytest.approx(2 * second, rel=1e-3))
+    assert distill.weights == {'pseudo_labels': 2.}
     with pytest.raises(ValueError, match="pseudo_labels is for images without labels: give unlabelled='folder'"):
         fit(learner(), Distill(teacher, [PixelKD(), PseudoLabels()]))
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import __version__
+import camkd_nb
 from .attention import class_attention
 from .explain import explain_classes
 from .files import whole_file
@@ -208,7 +208,7 @@ def _describe_file(proto, said):
         kept = [one for one in node.metadata_props if one.key in _KEPT]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
-    for key, value in (dict(said) | {'camkd_nb': __version__}).items():
+    for key, value in (dict(said) | {'camkd_nb': camkd_nb.__version__}).items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
 
 # %% ../nbs/engine/export.ipynb #40f4ec71

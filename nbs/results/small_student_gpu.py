@@ -2,11 +2,13 @@
 
     python small_student_gpu.py run --part 0/10 --until EPOCH --out FOLDER   (one process of ten, started together)
     python small_student_gpu.py table --out FOLDER                           (the summary)
+    python small_student_gpu.py tree --source VOC2012 --out FOLDER           (first: the photographs at 400 pixels, and the lists)
 
 The student is MobileNetV2 cut after block 13, pretrained on ImageNet, with a small pyramid head: 0.66 million parameters.
 Its teacher is a DeepLabV3 on MobileNetV2 for the classes of VOC: 2.11 million. $CAMKD_VOC is a tree whose photographs
 have a long side of 400 pixels, with the lists train, val, more, trainmore, tune and train_less_tune; $CAMKD_WEIGHTS holds
-mobilenetv2_imagenet.pth and deeplabv3_mobilenetv2_voc.pth. The rows were made with the 311 and 321 images of VOC 2012
+mobilenetv2_imagenet.pth and deeplabv3_mobilenetv2_voc.pth. `tree` makes the first from VOC 2012 with the masks of trainaug
+(`voc_add_sbd`). The rows were made with the 311 and 321 images of VOC 2012
 whose names begin with 2007_ and 550 more: all show one of the six well represented classes, and 310 another class too.
 
 Each process augments every n-th photograph, sends the crops through the frozen first blocks of both networks and writes
@@ -23,6 +25,7 @@ import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam, Optimizer
+from PIL import Image
 from torch import nn
 
 import camkd_nb.training
@@ -356,12 +359,29 @@ def table(args):
                               {'mean': w.mean(), 'gain': w.sub(w.get('none', w.mean(axis=1)), axis=0).mean()}.items()} | {'seeds': wide['miou'].count()})
         print(f'\n{setting}\n{gains.round(2).to_string()}')
 
+# --- the photographs ---
+def tree(args):
+    "The photographs and masks of the rows at 400 pixels, with their lists; `--source` may be given several times."
+    lists = json.loads(Path(__file__).with_name('small_student_lists.json').read_text())
+    ids = {split: [i for i in voc_ids(args.source[0], split) if i.startswith('2007_')] for split in ('train', 'val')}
+    lists = ids | lists | dict(trainmore=ids['train'] + lists['more'], train_less_tune=[i for i in ids['train'] if i not in lists['tune']])
+    for part in ('JPEGImages', 'SegmentationClass', 'ImageSets/Segmentation'): (args.out/part).mkdir(parents=True, exist_ok=True)
+    for i in lists['trainmore'] + lists['val']:
+        root = next((root for root in args.source if (root/f'SegmentationClass/{i}.png').exists()), None)
+        if root is None: raise SystemExit(f'no mask of {i}: it is in trainaug, whose masks voc_add_sbd adds')
+        image, mask = Image.open(root/f'JPEGImages/{i}.jpg').convert('RGB'), Image.open(root/f'SegmentationClass/{i}.png')
+        size = [max(1, round(side * 400 / max(image.size))) for side in image.size]
+        image.resize(size, Image.Resampling.BILINEAR).save(args.out/f'JPEGImages/{i}.jpg', quality=85, optimize=True, progressive=True)
+        mask.resize(size, Image.Resampling.NEAREST).save(args.out/f'SegmentationClass/{i}.png', optimize=True)
+    for name, rows in lists.items(): (args.out/f'ImageSets/Segmentation/{name}.txt').write_text('\n'.join(rows) + '\n')
+    print({name: len(rows) for name, rows in lists.items()})
+
 def main():
     made = argparse.ArgumentParser()
     add = made.add_argument
-    add('what', choices=('run', 'table', 'teacher'))
+    add('what', choices=('run', 'table', 'teacher', 'tree'))
     add('--part', default='0/1'), add('--out', type=Path, default=Path('.')), add('--work', type=Path, default=Path(tempfile.gettempdir())/'small_student')
-    add('--until', type=float, default=0.), add('--seconds', type=float, default=330.)
+    add('--until', type=float, default=0.), add('--seconds', type=float, default=330.), add('--source', type=Path, action='append', help='a tree of VOC 2012')
     add('--device', default='cuda'), add('--amp', default=None), add('--frozen', type=int, default=4)
     add('--crops', type=int, default=32), add('--more-crops', type=int, default=8), add('--images', type=int, default=None)
     add('--steps', type=int, default=0), add('--an-epoch', type=int, default=100), add('--measure', type=int, default=60)
@@ -374,6 +394,7 @@ def main():
     args.out, args.until = args.out.resolve(), args.until or time.time() + args.seconds
     if args.what == 'run': run(args)
     elif args.what == 'table': table(args)
+    elif args.what == 'tree': tree(args)
     else: print('teacher', evaluate(whole_teacher().to(args.device), TREE, progress=False))
 
 if __name__ == '__main__': main()

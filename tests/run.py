@@ -1,6 +1,6 @@
 """The tests: each notebook and each of pytest's files in a process of its own, the longest first.
 
-    python tests/run.py                                      # everything but nbs/benchmarks, the site and whole browsers
+    python tests/run.py                                      # all but nbs/benchmarks, the site, whole browsers, gpu_check
     python tests/run.py --rest                               # what that leaves out
     python tests/run.py --all                                # everything
     python tests/run.py nbs/03_metrics.ipynb nbs/tutorials   # some notebooks
@@ -183,7 +183,7 @@ def run(paths, args):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('paths', nargs='*', type=Path, help='notebooks, files for pytest, or folders of them')
-    parser.add_argument('--all', action='store_true', help='everything: also nbs/benchmarks, the site and whole browsers')
+    parser.add_argument('--all', action='store_true', help='everything: also nbs/benchmarks, the site, whole browsers and tools/gpu_check.py')
     parser.add_argument('--rest', action='store_true', help='these alone')
     parser.add_argument('--flags', default='', help='run cells under these directives as well: "slow cuda"')
     parser.add_argument('--workers', type=int, default=2, help='jobs that run at the same time')

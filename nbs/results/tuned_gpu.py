@@ -271,7 +271,6 @@ def pace(args):
 
 def run(args):
     began = time.time()
-    args.out.mkdir(parents=True, exist_ok=True)
     jobs = draw_all(args)
     print(f'{time.time() - began:.0f} s drawn', flush=True)
     pool, teacher, device = begun(args, jobs)
@@ -300,17 +299,15 @@ def rows(args):
     began, kept, file = time.time(), Path(__file__).with_suffix('.jsonl'), args.out/'tuned_gpu.jsonl'
     pool, teacher, device = begun(args, draw_all(args))
     print(f'{time.time() - began:.0f} s: pool of {len(pool.x)} crops', flush=True)
-    asked = [group.split(';') for group in args.methods or []]
-    pairs = [m for m in PAIRS if any(m in group for group in asked)]
+    asked = args.methods.split(';') if args.methods else list(METHODS) + ['none']
     have = {(r['method'], str(r['weight'])) for r in known(kept) + known(file) if r['tuning']}
-    tune = [dict(method=m, weight=w, seed=0, tuning=True, steps=args.tuning_steps, share=args.share) for m in pairs for w in PAIRS[m] if (m, str(w)) not in have]
+    tune = [dict(method=m, weight=w, seed=0, tuning=True, steps=args.tuning_steps, share=args.share) for m in PAIRS if m in asked for w in PAIRS[m] if (m, str(w)) not in have]
     run_jobs(tune, pool, teacher, args, device, args.spare)
     best = at_best(known(kept) + known(file), [*TRIED, *PAIRS])
     print(best, flush=True)
-    grid = [j for j in main_jobs(args, best) if j['seed'] >= args.first]
-    jobs = {(j['method'], j['seed']): j for group in asked or [None] for j in grid if group is None or j['method'] in group}
     done = {(r['method'], r['seed']) for r in known(file) if not r['tuning']}
-    run_jobs([job for key, job in jobs.items() if key not in done], pool, teacher, args, device, args.spare)
+    jobs = [j for j in main_jobs(args, best) if j['seed'] >= args.first and j['method'] in asked and (j['method'], j['seed']) not in done]
+    run_jobs(jobs, pool, teacher, args, device, args.spare)
 
 def table(args):
     rows = [r for r in known(args.out/'tuned_gpu.jsonl') if not r['tuning']]
@@ -327,7 +324,7 @@ def main():
     add('what', choices=('run', 'rows', 'pace', 'table')), add('--out', type=Path, default=Path('.')), add('--work', type=Path, default=Path(tempfile.gettempdir())/'tuned_gpu')
     add('--until', type=float, default=0.), add('--seconds', type=float, default=300.), add('--device', default='cuda'), add('--images', type=int, default=None)
     add('--crops', type=int, default=32), add('--more-crops', type=int, default=8), add('--procs', type=int, default=16), add('--eager', action='store_true')
-    add('--side', type=int, default=6), add('--steps', type=int, default=3000), add('--tuning-steps', type=int, default=2000), add('--tuning-seeds', type=int, default=1), add('--seeds', type=int, default=5), add('--first', type=int, default=0), add('--methods', action='append', help='names with ; between them, else all; given again, what is trained after that')
+    add('--side', type=int, default=6), add('--steps', type=int, default=3000), add('--tuning-steps', type=int, default=2000), add('--tuning-seeds', type=int, default=1), add('--seeds', type=int, default=5), add('--first', type=int, default=0), add('--methods', help='names with ; between them, else all')
     add('--share', type=float, default=.6), add('--spare', type=float, default=8.), add('--timed', type=int, default=40)
     args = made.parse_args()
     args.until = args.until or time.time() + args.seconds

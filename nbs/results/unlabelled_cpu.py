@@ -31,7 +31,7 @@ from camkd_nb.data import JointAugment
 from camkd_nb.distiller import Distiller
 from camkd_nb.evaluate import network_input
 from camkd_nb.heads import PSPHead
-from camkd_nb.losses import AttentionTransfer, ChannelKD, ClassAttention, PixelKD
+from camkd_nb.losses import ChannelKD, ClassAttention, PixelKD
 from camkd_nb.metrics import ConfusionMatrix, SegLoss
 from camkd_nb.rivals import DIST, FeatureKD
 from camkd_nb.samples import VOCImage, VOCMask
@@ -122,19 +122,18 @@ def loaded():
 # --- one training ---
 def at(weight, **options): return ClassAttention(weight, LAYERS, **options)
 TERMS = {'none': lambda: [], 'channel KD': lambda w: [ChannelKD(w)], 'class attention': lambda w: [at(w)], 'pixel KD': lambda w: [PixelKD(w)],
-         'feature KD': lambda w: [FeatureKD(w, LAYERS)], 'DIST': lambda w: [DIST(w)], 'attention transfer': lambda w: [AttentionTransfer(w, LAYERS)],
+         'feature KD': lambda w: [FeatureKD(w, LAYERS)], 'DIST': lambda w: [DIST(w)],
          'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)]}
 USES = ', unlabelled too', ', labels for all', ', pseudo-labels', ', true labels choose'
 
 def split(method):
-    "'channel KD, pseudo-labels at .3' -> the terms' name, what the other photographs are for, and the weight of that."
+    "'channel KD, unlabelled too' -> the terms' name, and what the other photographs are for."
     for use in USES:
-        name, found, weight = method.partition(use)
-        if found: return name, use, float(weight.removeprefix(' at ') or 1)
-    return method, None, 1.
+        if method.endswith(use): return method.removesuffix(use), use
+    return method, None
 
 def train(pool, method, weights, seed, steps, tuning, amp=True):
-    name, use, weight = split(method)
+    name, use = split(method)
     owner, n = pool['owner'], len(voc_items(TREE, 'train'))
     first = torch.tensor([r for r, k in enumerate(owner.tolist()) if k < n and not (tuning and k % 4 == 0)])
     rest = torch.arange(len(owner))[owner >= n]
@@ -154,10 +153,7 @@ def train(pool, method, weights, seed, steps, tuning, amp=True):
             total = d.step(x, y, task).total if d else task(student(x), y)
             if use in (', labels for all', ', pseudo-labels'):
                 with torch.no_grad(): labels = other[1] if use == ', labels for all' else teacher(other[0]).argmax(1)
-                if d:
-                    found = d.step(other[0], labels, task)
-                    total = total + found.total + (weight - 1) * found.task
-                else: total = total + weight * task(student(other[0]), labels)
+                total = total + (d.step(other[0], labels, task).total if d else task(student(other[0]), labels))
             elif use == ', unlabelled too': total = total + d.step(other[0], None).total
             elif use == ', true labels choose': total = total + d.step(*other, lambda *_: torch.zeros(())).total
         opt.zero_grad(set_to_none=True)
@@ -196,8 +192,7 @@ def alike(student, teacher, whole, n=100):
 # --- what is trained ---
 U, P = ', unlabelled too', ', pseudo-labels'
 TRIED = {'none': [[]], f'channel KD{U}': [[.3], [1.], [3.], [9.], [27.]], f'class attention{U}': [[.02], [.07], [.2], [.6]], f'pixel KD{U}': [[.1], [.3], [1.], [3.]],
-         f'feature KD{U}': [[.1], [.3], [1.], [3.]], f'DIST{U}': [[.1], [.3], [1.], [3.]], f'channel KD + class attention{U}': [[3., .02], [1., .02], [1., .07]],
-         **{f'none{P} at {w}': [[]] for w in (.1, .3, 3)}, f'none{P}': [[]]}
+         f'feature KD{U}': [[.1], [.3], [1.], [3.]], f'DIST{U}': [[.1], [.3], [1.], [3.]], f'channel KD + class attention{U}': [[3., .02], [1., .02], [1., .07]]}
 GRID_OF = ['none', f'channel KD{U}', f'class attention{U}', f'pixel KD{U}', f'feature KD{U}', f'DIST{U}', f'channel KD + class attention{U}', f'none{P}', f'channel KD{P}', f'class attention{P}',
            f'channel KD + class attention{P}', 'channel KD', 'class attention', 'none, labels for all']
 
@@ -216,7 +211,7 @@ def tune(args):
 def best(args, name):
     "The best weights of a loss, among those that were tuned here or in the file beside this script."
     if name == 'none': return []
-    found = [r for r in known(FILE) + known(args.out) if r['tuning'] and split(r['method'])[0] == name]
+    found = [r for file in {FILE, args.out} for r in known(file) if r['tuning'] and split(r['method'])[0] == name]
     if not found: raise SystemExit(f'{name}: no weight was tuned; run tune first')
     return max(found, key=lambda r: r['miou'])['weights']
 

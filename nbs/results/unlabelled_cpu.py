@@ -12,6 +12,8 @@ this script (the masks there, from the list trainaug, serve "labels for all" alo
 and deeplabv3_mobilenetv2_voc.pth; $CAMKD_POOL keeps the crops, 3 GB. Each step sees 8 labelled crops. Except where a
 loss is named alone, it also sees 8 of the others: for the loss ("unlabelled too"), or with the teacher's answers ("pseudo-labels") or the
 labels ("labels for all") as labels too. With "true labels choose" the labels only choose the classes that class attention asks about. unlabelled_cpu.jsonl holds a line a training; `rows` takes the best weights in it.
+CAMKD_SWAP=1 changes the parts of train and val: 321 photographs teach and 311 score, with the weights of the first list; its pool wants a
+folder of its own, its rows go to unlabelled_cpu_swapped.jsonl.
 """
 import argparse, json, math, os, random, tempfile, time, zlib
 from collections import OrderedDict
@@ -41,6 +43,7 @@ from camkd_nb.voc import VOC_CLASSES, VOID, read_image, read_mask, voc_items
 folder = lambda name, other='.': Path(os.environ.get(name, other))
 MORE = folder('CAMKD_MORE')
 POOL, FILE = folder('CAMKD_POOL', Path(tempfile.gettempdir())/'unlabelled_pool'), Path(__file__).with_suffix('.jsonl')
+TRAIN, VAL = ('val', 'train') if os.environ.get('CAMKD_SWAP') else ('train', 'val')
 LONG, FROZEN, BS, LR = 400, 7, 8, 2e-3
 OURS, THEIRS = (32, 33, 33), (320, 17, 17)  # what the pool keeps of a crop: the student's input, the teacher's last features
 
@@ -76,7 +79,7 @@ LAYERS = {f'backbone.{BLOCKS - 1 - FROZEN}': 'last'}  # the last layer before th
 # --- pool ---
 def photographs():
     "(split, image, mask, crops) of all."
-    return [('train', *item, 12) for item in voc_items(TREE, 'train')] + [('more', *item, 3) for item in voc_items(MORE, 'more')]
+    return [('train', *item, 12) for item in voc_items(TREE, TRAIN)] + [('more', *item, 3) for item in voc_items(MORE, 'more')]
 
 @torch.no_grad()
 def fill(part):
@@ -95,7 +98,7 @@ def fill(part):
         kept = [t.half().flatten(1) for t in (stem(x), teacher.backbone(x))]
         made.append((k, torch.cat(kept, 1), torch.tensor(masks)))
     whole = {'val': [], 'tune': []}
-    for split, items in (('val', voc_items(TREE, 'val')), ('tune', voc_items(TREE, 'train')[::4])):
+    for split, items in (('val', voc_items(TREE, VAL)), ('tune', voc_items(TREE, TRAIN)[::4])):
         for image, mask in items[part::2]:
             pixels, labels = read_image(image), Image.fromarray(read_mask(mask))
             size = [round(side * LONG / max(labels.size)) for side in labels.size]
@@ -123,7 +126,7 @@ def loaded():
 def at(weight, **options): return ClassAttention(weight, LAYERS, **options)
 TERMS = {'none': lambda: [], 'channel KD': lambda w: [ChannelKD(w)], 'class attention': lambda w: [at(w)], 'pixel KD': lambda w: [PixelKD(w)],
          'feature KD': lambda w: [FeatureKD(w, LAYERS)], 'DIST': lambda w: [DIST(w)],
-         'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)]}
+         'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)], 'DIST + class attention': lambda w, v: [DIST(w), at(v)]}
 USES = ', unlabelled too', ', labels for all', ', pseudo-labels', ', true labels choose'
 
 def split(method):
@@ -134,7 +137,7 @@ def split(method):
 
 def train(pool, method, weights, seed, steps, tuning, amp=True):
     name, use = split(method)
-    owner, n = pool['owner'], len(voc_items(TREE, 'train'))
+    owner, n = pool['owner'], len(voc_items(TREE, TRAIN))
     first = torch.tensor([r for r, k in enumerate(owner.tolist()) if k < n and not (tuning and k % 4 == 0)])
     rest = torch.arange(len(owner))[owner >= n]
     set_seed(seed, reproducible=True)
@@ -192,8 +195,9 @@ def alike(student, teacher, whole, n=100):
 # --- what is trained ---
 U, P = ', unlabelled too', ', pseudo-labels'
 TRIED = {'none': [[]], f'channel KD{U}': [[.3], [1.], [3.], [9.], [27.]], f'class attention{U}': [[.02], [.07], [.2], [.6]], f'pixel KD{U}': [[.1], [.3], [1.], [3.]],
-         f'feature KD{U}': [[.1], [.3], [1.], [3.]], f'DIST{U}': [[.1], [.3], [1.], [3.]], f'channel KD + class attention{U}': [[3., .02], [1., .02], [1., .07]]}
-GRID_OF = ['none', f'channel KD{U}', f'class attention{U}', f'pixel KD{U}', f'feature KD{U}', f'DIST{U}', f'channel KD + class attention{U}', f'none{P}', f'channel KD{P}', f'class attention{P}',
+         f'feature KD{U}': [[.1], [.3], [1.], [3.]], f'DIST{U}': [[.1], [.3], [1.], [3.]], f'channel KD + class attention{U}': [[3., .02], [1., .02], [1., .07]],
+         f'DIST + class attention{U}': [[.3, .02], [.3, .07], [.3, .2], [1., .07]]}
+GRID_OF = ['none', f'channel KD{U}', f'class attention{U}', f'pixel KD{U}', f'feature KD{U}', f'DIST{U}', f'channel KD + class attention{U}', f'DIST + class attention{U}', f'none{P}', f'channel KD{P}', f'class attention{P}',
            f'channel KD + class attention{P}', 'channel KD', 'class attention', 'none, labels for all']
 
 def known(file): return [json.loads(line) for line in open(file)] if file.exists() else []
@@ -231,7 +235,7 @@ def table(args):
 
 def main():
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument('what', choices=('pool', 'tune', 'rows', 'table')), made.add_argument('--out', type=Path, default=FILE)
+    made.add_argument('what', choices=('pool', 'tune', 'rows', 'table')), made.add_argument('--out', type=Path, default=FILE.with_stem(FILE.stem + '_swapped') if TRAIN == 'val' else FILE)
     made.add_argument('--seeds', default='0'), made.add_argument('--methods', help='names, with ; between them'), made.add_argument('--steps', type=int, default=1500)
     made.add_argument('--processes', type=int, default=2)
     args = made.parse_args()

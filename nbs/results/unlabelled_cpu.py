@@ -126,7 +126,9 @@ def loaded():
 def at(weight, **options): return ClassAttention(weight, LAYERS, **options)
 TERMS = {'none': lambda: [], 'channel KD': lambda w: [ChannelKD(w)], 'class attention': lambda w: [at(w)], 'pixel KD': lambda w: [PixelKD(w)],
          'feature KD': lambda w: [FeatureKD(w, LAYERS)], 'DIST': lambda w: [DIST(w)],
-         'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)], 'DIST + class attention': lambda w, v: [DIST(w), at(v)]}
+         'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)], 'DIST + class attention': lambda w, v: [DIST(w), at(v)],
+         'class attention (absent classes too)': lambda w: [at(w, absent=True, region='all')], 'class attention (second half)': lambda w: [at(lambda p: 2 * w * (p > .5))],
+         'DIST + class attention (every 2nd batch)': lambda w, v: [DIST(w), at(v, every=2)]}
 USES = ', unlabelled too', ', labels for all', ', pseudo-labels', ', true labels choose'
 
 def split(method):
@@ -153,12 +155,12 @@ def train(pool, method, weights, seed, steps, tuning, amp=True):
     for i in range(steps):
         (x, y), other = batch(first), batch(rest)
         with torch.autocast('cpu', torch.bfloat16, enabled=amp):
-            total = d.step(x, y, task).total if d else task(student(x), y)
+            total = d.step(x, y, task, i / steps).total if d else task(student(x), y)
             if use in (', labels for all', ', pseudo-labels'):
                 with torch.no_grad(): labels = other[1] if use == ', labels for all' else teacher(other[0]).argmax(1)
-                total = total + (d.step(other[0], labels, task).total if d else task(student(other[0]), labels))
-            elif use == ', unlabelled too': total = total + d.step(other[0], None).total
-            elif use == ', true labels choose': total = total + d.step(*other, lambda *_: torch.zeros(())).total
+                total = total + (d.step(other[0], labels, task, i / steps).total if d else task(student(other[0]), labels))
+            elif use == ', unlabelled too': total = total + d.step(other[0], None, progress=i / steps).total
+            elif use == ', true labels choose': total = total + d.step(*other, lambda *_: torch.zeros(()), i / steps).total
         opt.zero_grad(set_to_none=True)
         total.backward()
         opt.step(), sched.step()
@@ -214,6 +216,7 @@ def tune(args):
 
 def best(args, name):
     "The best weights of a loss, among those that were tuned here or in the file beside this script."
+    name = name.split(' (')[0]  # a form of class attention has the weight of class attention
     if name == 'none': return []
     found = [r for file in {FILE, args.out} for r in known(file) if r['tuning'] and split(r['method'])[0] == name]
     if not found: raise SystemExit(f'{name}: no weight was tuned; run tune first')

@@ -177,11 +177,13 @@ def _others(learn):
 def _settings(learn):
     "What makes this fit another one than others, by names that can be read."
     teacher, schedules = getattr(_distill(learn), 'teacher', None), _schedules(learn)
+    more = getattr(_distill(learn), 'unlabelled', None)
     return _plain({
         'epochs': learn.n_epoch, 'network': _network(unwrapped(learn.model)),
         'loss function': identity(learn.loss_func), 'optimiser': identity(learn.opt_func), 'schedule': schedules,
         **_trained(learn, schedules), 'data': _data(learn),
         'terms': {name: _term(term) for name, term in _terms(learn).items()}, 'callbacks': _others(learn),
+        **({'unlabelled': more.title, 'confidence': _distill(learn).confidence} if more else {}),
         'teacher': None if teacher is None else f'{type(teacher).__name__} {_weights(teacher)}'})
 
 def _shared_trackers(one, other):

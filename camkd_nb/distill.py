@@ -44,7 +44,7 @@ class Distill(Eventful):
         self.reading = dict(student_output=student_output, teacher_output=teacher_output,
                             classes=common_classes(classes))
         self.unlabelled = None if unlabelled is None else Unlabelled(unlabelled)
-        self.answers = confident(confidence, unlabelled)
+        self.confidence, self.answers = confidence, confident(confidence, unlabelled)
         self.renew()
 
     def before_fit(self) -> None: self.begin_fit()

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
+from fastai.data.core import Datasets
 from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
@@ -131,6 +132,14 @@ def _guard_batches(distill, learn):
     learn.one_batch = partial(_guarded, distill, learn.one_batch)
     learn._do_one_batch = partial(_with_step, learn, learn._do_one_batch)
 
+def _warn_of_unlabelled(distill):
+    "Say so where an epoch made nothing of the images without labels, or where it never comes to some."
+    if rank_distrib(): return
+    distill.unlabelled.warn()
+    if distill.answers is None or distill.value('unlabelled') != 0: return
+    warnings.warn(f'confidence={distill.confidence}: the teacher was that sure of no pixel of the images without labels, '
+                  'so these taught nothing: give a lower one', stacklevel=4)
+
 def _warn_of_teacher(distill):
     "Say so, once a fit, when the teacher was no better than the student."
     if distill.scores is None or distill.warned or rank_distrib(): return
@@ -166,16 +175,30 @@ def _task(learn, x):
     check_task(learn.loss_grad)
     return learn.loss_grad
 
+def _surely_labelled(learn):
+    "Whether the learner's own data says, before a batch is made, that its images have labels."
+    data = getattr(getattr(learn.dls.train, 'dl', learn.dls.train), 'dataset', None)
+    return isinstance(data, Datasets) and len(data.tls) > data.n_inp
+
 def _check_use(distill, labelled):
     "A term for images without labels gets some."
     lost = [name for name, term in distill.terms.items() if term.for_unlabelled]
     if lost and labelled and not distill.unlabelled:
         raise ValueError(f"{lost[0]} is for images without labels: give unlabelled='folder', or leave it out")
 
+def _answer(distiller, x, inputs):
+    "What the student says to images without labels, which are one input."
+    try:
+        with distiller: return distiller.student(x)
+    except TypeError as error:
+        if inputs == 1: raise
+        raise TypeError(f'the student was given images without labels alone, where batches with labels have {inputs} '
+                        f'inputs ({error}): let the others have a default, or leave unlabelled out') from error
+
 def _add_unlabelled(distill, learn):
     "Add the terms on a batch without labels; the network itself is run, since its wrapper expects one pass a step."
-    x, distiller = distill.unlabelled.next(), distill.distiller
-    with distiller: output = distiller.student(x)
+    x, distiller = distill.unlabelled.next(learn.xb[0].as_subclass(Tensor)), distill.distiller
+    output = _answer(distiller, x, len(learn.xb))
     values = distiller(x, distill.answers, output, learn.pct_train, none := x.new_zeros(()))
     _look(distill, values, none)
     if not values: return
@@ -209,6 +232,7 @@ def _begin_fit(distill):
     distill.smooth = {name: Smooth(beta=distill.beta) for name in _meters(distill)}
     distill.finite = FiniteWatch(distill.terms)
     distill.broke_off(distill.learn)  # where the last fit did
+    _check_use(distill, _surely_labelled(distill.learn))
     _start(distill, distill.learn)
     if distill.unlabelled: distill.unlabelled.begin_fit(distill.learn)
 
@@ -228,6 +252,7 @@ def _end_epoch(distill):
     if distill.unlabelled: distill.unlabelled.end_epoch()
     _settle(distill)
     _warn_of_teacher(distill)
+    if distill.unlabelled and distill.iter + 1 == distill.n_iter: _warn_of_unlabelled(distill)
 
 def _end_fit(distill):
     if distill.distiller: _settle(distill)  # a fit that was cancelled within an epoch

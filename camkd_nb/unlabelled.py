@@ -6,19 +6,23 @@
 __all__ = []
 
 # %% ../nbs/engine/unlabelled.ipynb #0b63a6c2
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from fastai.data.core import Datasets
 from fastai.data.transforms import get_image_files
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib, to_device
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 
 from .explain import explain_classes
+from .files import fingerprint
 from .voc import VOID
 
 # %% ../nbs/engine/unlabelled.ipynb #023fb242
@@ -26,23 +30,41 @@ Source = str | Path | Iterable[str | Path] | Iterable[Tensor] | None
 
 def _is_loader(source): return hasattr(source, '__iter__') and hasattr(source, 'dataset')
 
+def _in_folder(source):
+    folder = Path(source).expanduser()
+    if source == '' or not folder.is_dir():
+        raise ValueError(f'unlabelled={str(source)!r}: there is no such folder, give one, or a list of files')
+    inside = folder/'JPEGImages'  # of a VOC tree, whose other pictures are masks
+    return sorted(get_image_files(inside if inside.is_dir() else folder))
+
+def _as_file(one):
+    if not isinstance(one, (str, Path)):
+        raise TypeError(f'unlabelled holds a {type(one).__name__}: give a folder, a list of files, or, for images as '
+                        'tensors, a DataLoader of them')
+    if not (file := Path(one).expanduser()).is_file(): raise ValueError(f'unlabelled: there is no file {str(one)!r}')
+    return file
+
+# %% ../nbs/engine/unlabelled.ipynb #8310b348
+def _is_readable(file):
+    "Whether Pillow knows such files; what has a usual name is not opened."
+    if file.suffix.lower() in Image.registered_extensions(): return True
+    try:
+        with Image.open(file): return True
+    except Exception: return False  # a decoder meets other formats with errors of any type
+
 def photographs(
     source: Source,  # a folder, or files
 ) -> list[Path]:
-    "The files; an error where there is none."
-    if isinstance(source, (str, Path)):
-        if not Path(source).is_dir(): raise ValueError(f'unlabelled={str(source)!r}: there is no such folder')
-        inside = Path(source)/'JPEGImages'  # of a VOC tree, whose other pictures are masks
-        files = sorted(get_image_files(inside if inside.is_dir() else source))
-    else:
-        if isinstance(source, Tensor) or not isinstance(source, Iterable):
-            raise TypeError(f'unlabelled is a {type(source).__name__}: give a folder, a list of files, or a DataLoader')
-        files = [Path(file) for file in source]
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing: raise ValueError(f'unlabelled: there is no file {str(missing)!r}')
-    if files: return files
-    raise ValueError(f'unlabelled={source!r} holds no photographs: give a folder with some, a list of files, or a '
-                     'DataLoader')
+    "The files; an error where there is none, or one that is no photograph."
+    if isinstance(source, Tensor) or not isinstance(source, Iterable | Path):
+        raise TypeError(f'unlabelled is a {type(source).__name__}: give a folder, a list of files, or a DataLoader')
+    files = _in_folder(source) if isinstance(source, (str, Path)) else [_as_file(one) for one in source]
+    if not files: raise ValueError(f'unlabelled={source!r} holds no photographs: give a folder with some, a list of '
+                                   'files, or a DataLoader')
+    strange = [file for file in files if not _is_readable(file)]
+    if not strange: return files
+    raise ValueError(f'unlabelled: Pillow does not read {len(strange)} of {len(files)} files, first '
+                     f'{str(strange[0])!r}: leave them out, or save them as JPEG or PNG')
 
 # %% ../nbs/engine/unlabelled.ipynb #d801159d
 def _share(files):
@@ -61,28 +83,64 @@ def _like_training(learn, files):
     seed = {'seed': f'{train.seed} unlabelled'} if getattr(train, 'seed', None) is not None else {}
     return train.new(Datasets(tls=lists), bs=min(train.bs, len(files)), shuffle=True, drop_last=True, **seed)
 
+# %% ../nbs/engine/unlabelled.ipynb #cca1974c
 def _images(batch):
     "The images of a batch, as a plain tensor."
-    while isinstance(batch, (tuple, list)): batch = batch[0]
-    if isinstance(batch, Tensor) and batch.ndim == 4 and batch.is_floating_point(): return batch.as_subclass(Tensor)
+    while isinstance(batch, (tuple, list)) and batch: batch = batch[0]
+    fits = isinstance(batch, Tensor) and batch.ndim == 4 and batch.is_floating_point() and len(batch)
+    if fits: return batch.as_subclass(Tensor)
     got = f'{batch.dtype} {tuple(batch.shape)}' if isinstance(batch, Tensor) else type(batch).__name__
     raise TypeError(f'unlabelled: a batch holds {got}: give a loader of images as the student gets them, (B, 3, H, W)')
 
+def _like(x, labelled):
+    "Images of the kind that those with labels are."
+    if x.shape[1] == labelled.shape[1]: return x.to(labelled.dtype)
+    raise ValueError(f'unlabelled: images of shape {tuple(x.shape)}, where those with labels have the shape '
+                     f'{tuple(labelled.shape)}: give (B, {labelled.shape[1]}, H, W)')
+
+def _notice_scale(x, labelled):
+    "Warn of values that lie elsewhere than those of images with labels."
+    (low, high), (least, most) = ([end.item() for end in z.aminmax()] for z in (x, labelled))
+    if (low < 0) == (least < 0) and max(-low, high) <= 10 * max(-least, most): return
+    warnings.warn(f'unlabelled: images with values from {low:.3g} to {high:.3g}, where those with labels go from '
+                  f'{least:.3g} to {most:.3g}: give them the same normalisation', stacklevel=2)
+
+# %% ../nbs/engine/unlabelled.ipynb #e0036043
+def _unseen(loader, taken):
+    "Warn of batches that no epoch comes to."
+    order = getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)
+    if not isinstance(order, SequentialSampler) and getattr(loader, 'shuffle', True) or taken >= len(loader): return
+    warnings.warn(f'unlabelled: an epoch takes {taken} of the {len(loader)} batches of the loader, always the same '
+                  'ones: make it with shuffle=True', stacklevel=2)
+
 # %% ../nbs/engine/unlabelled.ipynb #941d9ce5
+def _is_read_by(learn, loader):
+    "Whether a loader is one of the learner's own that can be copied."
+    return hasattr(loader, 'new') and any(loader in (one, getattr(one, 'dl', one)) for one in learn.dls.loaders)
+
 class Unlabelled:
     "Batches of images without labels, as many as are asked for; a pass begins with each epoch."
     def __init__(self,
         source: Source,  # a folder, files, or a loader of images
     ) -> None:
-        self.source = source if _is_loader(source) else photographs(source)
+        self.source: Any = source if _is_loader(source) else photographs(source)
         self._loader: Any = None
         self._batches: Iterator[Tensor] = iter(())
+        self._taken, self._told = 0, True
+
+    @property
+    def title(self) -> str:
+        "What they are, for comparison with those of another fit."
+        if _is_loader(self.source): return f'batches of {type(self.source).__name__}'
+        return f'{len(self.source)} files, {fingerprint([(one.name, one.stat().st_size) for one in self.source])}'
 
     def begin_fit(self,
         learn: Learner,
     ) -> None:
-        "Make the loader."
-        self._loader = self.source if _is_loader(self.source) else _like_training(learn, self.source)
+        "Make the loader; one that the learner reads as well is copied."
+        self._told = not _is_loader(self.source)
+        if not _is_loader(self.source): self._loader = _like_training(learn, self.source)
+        else: self._loader = self.source.new() if _is_read_by(learn, self.source) else self.source
 
     def begin_epoch(self,
         epoch: int,  # from 0
@@ -90,15 +148,24 @@ class Unlabelled:
     ) -> None:
         "Begin a pass; where the loader is seeded, it depends on the epoch alone."
         if hasattr(self._loader, 'passes'): self._loader.passes = epoch << 16
-        self._batches = self._endless(device)
+        self._batches, self._taken = self._endless(device), 0
 
     def end_epoch(self) -> None:
         "Let workers go."
         self._batches = iter(())
 
-    def next(self) -> Tensor:  # images, (B, 3, H, W)
+    def warn(self) -> None:
+        "After a whole epoch: say so where a loader has batches that no epoch comes to."
+        if _is_loader(self.source): _unseen(self._loader, self._taken)
+
+    def next(self,
+        labelled: Tensor,  # images with labels, (B, 3, H, W)
+    ) -> Tensor:  # images, (B', 3, H', W')
         "The next batch."
-        return next(self._batches)
+        x = _like(next(self._batches), labelled)
+        if not self._told: _notice_scale(x, labelled)
+        self._taken, self._told = self._taken + 1, True
+        return x
 
     def _endless(self, device):
         while True:

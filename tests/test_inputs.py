@@ -317,6 +317,47 @@ def test_pseudo_labels_are_for_images_without_labels():
         fit(learner(), Distill(teacher, [PixelKD(), PseudoLabels()]))
 
 
+class Batches(Callback):
+    order, seen = -90, 0
+    def before_batch(self): self.seen += 1
+
+
+def test_pseudo_labels_without_such_images_are_refused_before_the_first_batch(tmp_path):
+    "Where the data itself says that it has labels"
+    batches, learn = Batches(), Learner(voc_dls(toy_voc(tmp_path, n_train=4, n_valid=2, size=32), size=32, bs=4), network(Net, 7), loss_func=SegLoss())
+    with pytest.raises(ValueError, match="(?s)before_fit.*pseudo_labels is for images without labels: give unlabelled='folder'"):
+        fit(learn, Distill(network(Net, 7, seed=1), [PixelKD(), PseudoLabels()]), batches)
+    assert batches.seen == 0
+
+
+class TwoInputs(Net):
+    def forward(self, x, more): return super().forward(x + 0 * more)
+
+
+def test_a_student_of_two_inputs_cannot_take_images_alone():
+    dls = DataLoaders(DataLoader([(image, image, mask) for image, mask in data], bs=4))
+    dls.n_inp = 2
+    learn = Learner(dls, network(TwoInputs), loss_func=SegLoss())
+    others = DataLoader(list(torch.randn(4, 3, 16, 16)), bs=4)
+    with pytest.raises(TypeError, match='batches with labels have 2 inputs .*more.*: let the others have a default'):
+        fit(learn, Distill(network(seed=1), PixelKD(), unlabelled=others))
+
+
+class Crops(Callback):
+    "The sum of each training batch"
+    def before_fit(self): self.seen = []
+    def before_batch(self): self.training and self.seen.append(self.x.sum().item())
+
+
+def test_the_learners_own_loader_can_be_read_a_second_time(tmp_path):
+    "The batches with labels are those that they are without"
+    def batches(own):
+        learn = Learner(voc_dls(tree, size=32, bs=4, seed=0), network(Net, 7), loss_func=SegLoss())
+        return fit(learn, Distill(network(Net, 7, seed=1), PixelKD(), unlabelled=learn.dls.train if own else None), crops := Crops(), epochs=2) and crops.seen
+    tree = toy_voc(tmp_path, n_train=8, n_valid=2, size=32)
+    assert batches(True) == batches(False)
+
+
 class Dies(Callback):
     def before_batch(self):
         if self.training and self.epoch == 1: raise KeyboardInterrupt
@@ -324,12 +365,16 @@ class Dies(Callback):
 
 def test_a_fit_with_images_without_labels_goes_on_as_if_nothing_had_happened(tmp_path):
     tree = toy_voc(tmp_path, n_train=12, n_valid=2, size=32)
-    def train(name, *cbs):
+    def train(name, *cbs, unlabelled=tree, confidence=None):
         set_seed(0)
         dls = voc_dls(tree, size=32, bs=4, seed=0, n_train=4)
         learn = Learner(dls, network(Net, 7), loss_func=SegLoss(), path=tmp_path)
-        return fit(learn, Distill(network(Net, 7, seed=1), PixelKD(), unlabelled=tree), Checkpoint(name), *cbs, epochs=3)
+        distill = Distill(network(Net, 7, seed=1), PixelKD(), unlabelled=unlabelled, confidence=confidence)
+        return fit(learn, distill, Checkpoint(name), *cbs, epochs=3)
     whole = train('whole.pth')
     with pytest.raises(KeyboardInterrupt): train('again.pth', Dies())
+    with pytest.raises(ValueError, match='other settings, confidence: None where this fit has 0.1'): train('again.pth', confidence=.1)
+    with pytest.raises(ValueError, match='other settings, unlabelled: 14 files, .* where this fit has 1 files'):
+        train('again.pth', unlabelled=sorted((tree/'JPEGImages').iterdir())[:1])
     again = train('again.pth')
     assert torch.equal(weights(again.model), weights(whole.model)) and again.recorder.values == whole.recorder.values

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/engine/classes.ipynb #febbc814
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 
 import torch
@@ -95,6 +95,13 @@ def _told(common):
     return said + (f'; not asked about, since the teacher lacks them: {", ".join(lacking)}' if lacking else '')
 
 # %% ../nbs/engine/classes.ipynb #753dd6a7
+def _stand_in(common, logits, found):
+    others = [n for n in range(logits.shape[1]) if n not in common.pairs]
+    if not others and found is None: return None
+    both = torch.cat([common.teacher(logits), logits[:, others]], 1)
+    answers = both.argmax(1) if found is None else found(both)
+    return answers.masked_fill(answers >= len(common.ours), VOID)
+
 class CommonClasses:
     "What makes two networks' logits and a mask those of the classes that both know."
     def __init__(self,
@@ -131,6 +138,13 @@ class CommonClasses:
         "A mask of the common classes."
         if mask.device not in self._tables: self._tables[mask.device] = _table(self.ours).to(mask.device)
         return self._tables[mask.device][mask.clamp(0, VOID)]
+
+    def stand_in(self,
+        logits: Tensor,  # the teacher's, of all its classes, (B, C', H, W)
+        found: Callable[[Tensor], Tensor] | None,  # from logits to class indices; None: the largest
+    ) -> Tensor | None:  # indices of the common classes, `VOID` where the teacher answers with another one
+        "The teacher's answers in place of labels; None where they are what terms take by themselves."
+        return _stand_in(self, logits, found)
 
 # %% ../nbs/engine/classes.ipynb #9997f1e8
 Classes = Mapping[int, int] | Iterable[Iterable[str]] | CommonClasses | None

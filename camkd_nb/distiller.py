@@ -101,6 +101,13 @@ def _missed(compiled):
                 'run torch.compiler.reset() and call it again')
     return 'the student ran outside the block: write `with distiller: output = student(x)` before this call'
 
+def _keeping(read, kept):
+    "A reader that also keeps the logits of all classes."
+    def _read(output):
+        kept.append(read.logits(output))
+        return read.compared(kept[-1])
+    return _read
+
 def _compare(distiller, x, mask, output, activations, terms):
     "Both networks on one batch, as the terms see it."
     read, theirs = distiller.readers
@@ -109,10 +116,13 @@ def _compare(distiller, x, mask, output, activations, terms):
     if len(activations) < len(distiller.paths): raise ValueError(_missed(is_compiled(distiller.given)))
     if isinstance(mask, Tensor): distiller.labels.look(mask, logits.shape[1])
     if isinstance(mask, Tensor) and read.common: mask = read.common.labels(mask)
-    teacher = _teacher_side(distiller.teacher, x, terms, theirs)
+    kept: list[Tensor] = []
+    all_asked = read.common and not isinstance(mask, Tensor)
+    teacher = _teacher_side(distiller.teacher, x, terms, _keeping(theirs, kept) if all_asked else theirs)
     check_logits('teacher', teacher.logits, x)
     for model, z in ((distiller.student, logits), (distiller.teacher, teacher.logits)): notice_probabilities(model, z)
-    if callable(mask): mask = mask(teacher.logits.detach())
+    if all_asked: mask = read.common.stand_in(kept[-1].detach(), mask)
+    elif callable(mask): mask = mask(teacher.logits.detach())
     step = Step(x, mask, Side(distiller.student, read.compared(logits), activations, read), teacher)
     check_classes(step)
     return step

@@ -317,6 +317,20 @@ def test_pseudo_labels_are_for_images_without_labels():
         fit(learner(), Distill(teacher, [PixelKD(), PseudoLabels()]))
 
 
+@pytest.mark.parametrize('labels, kept', [(None, [0, 1]), (confident(.5, 'photographs'), [0])])
+def test_what_the_student_has_no_class_for_is_void_without_labels_too(labels, kept):
+    "Three images of one answer each: the student's class 0, its class 1 without certainty, and a class that it lacks"
+    answers = torch.tensor([[.8, .1, .1], [.25, .4, .35], [.3, .1, .6]]).log()[..., None, None]
+    teacher = network(Returns, lambda z: answers.expand(3, 3, *z.shape[-2:]))
+    distiller = Distiller(network(Net, 2), teacher, [PixelKD(), PseudoLabels()], classes={0: 0, 1: 1})
+    x = torch.randn(3, 3, 16, 16)
+    with distiller: output = distiller.student(x)
+    values = distiller(x, labels, output)
+    expected = F.cross_entropy(output[kept], torch.tensor(kept)[:, None, None].expand(-1, 16, 16))
+    assert values['pseudo_labels'][0].item() == pytest.approx(expected.item(), rel=1e-3)
+    assert distiller.compared.mask.amax((1, 2)).tolist() == [n if n in kept else void for n in (0, 1, 2)]
+
+
 class Batches(Callback):
     order, seen = -90, 0
     def before_batch(self): self.seen += 1

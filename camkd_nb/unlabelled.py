@@ -132,7 +132,7 @@ class Unlabelled:
     def title(self) -> str:
         "What they are, for comparison with those of another fit."
         if _is_loader(self.source): return f'batches of {type(self.source).__name__}'
-        return f'{len(self.source)} files, {fingerprint([(one.name, one.stat().st_size) for one in self.source])}'
+        return f'{len(self.source)} files, {fingerprint([one.name for one in self.source])}'
 
     def begin_fit(self,
         learn: Learner,

@@ -126,7 +126,7 @@ def loaded():
 def at(weight, **options): return ClassAttention(weight, LAYERS, **options)
 TERMS = {'none': lambda: [], 'channel KD': lambda w: [ChannelKD(w)], 'class attention': lambda w: [at(w)], 'pixel KD': lambda w: [PixelKD(w)],
          'feature KD': lambda w: [FeatureKD(w, LAYERS)], 'DIST': lambda w: [DIST(w)],
-         'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)], 'DIST + class attention': lambda w, v: [DIST(w), at(v)],
+         'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)], 'DIST + class attention': lambda w, v: [DIST(w), at(v)], 'channel KD + DIST': lambda w, v: [ChannelKD(w), DIST(v)],
          'class attention (absent classes too)': lambda w: [at(w, absent=True, region='all')], 'class attention (second half)': lambda w: [at(lambda p: 2 * w * (p > .5))],
          'DIST + class attention (every 2nd batch)': lambda w, v: [DIST(w), at(v, every=2)]}
 USES = ', unlabelled too', ', labels for all', ', pseudo-labels', ', true labels choose'
@@ -198,7 +198,7 @@ def alike(student, teacher, whole, n=100):
 U, P = ', unlabelled too', ', pseudo-labels'
 TRIED = {'none': [[]], f'channel KD{U}': [[.3], [1.], [3.], [9.], [27.]], f'class attention{U}': [[.02], [.07], [.2], [.6]], f'pixel KD{U}': [[.1], [.3], [1.], [3.]],
          f'feature KD{U}': [[.1], [.3], [1.], [3.]], f'DIST{U}': [[.1], [.3], [1.], [3.]], f'channel KD + class attention{U}': [[3., .02], [1., .02], [1., .07]],
-         f'DIST + class attention{U}': [[.3, .02], [.3, .07], [.3, .2], [1., .07]]}
+         f'DIST + class attention{U}': [[.3, .02], [.3, .07], [.3, .2], [1., .07]], f'channel KD + DIST{U}': [[1., .3], [1., .1], [.3, .3]]}
 GRID_OF = ['none', f'channel KD{U}', f'class attention{U}', f'pixel KD{U}', f'feature KD{U}', f'DIST{U}', f'channel KD + class attention{U}', f'DIST + class attention{U}', f'none{P}', f'channel KD{P}', f'class attention{P}',
            f'channel KD + class attention{P}', 'channel KD', 'class attention', 'none, labels for all']
 

@@ -137,8 +137,8 @@ def _warn_of_unlabelled(distill):
     if rank_distrib(): return
     distill.unlabelled.warn()
     if distill.answers is None or distill.value('unlabelled') != 0: return
-    warnings.warn(f'confidence={distill.confidence}: the teacher was that sure of no pixel of the images without labels, '
-                  'so these taught nothing: give a lower one', stacklevel=4)
+    warnings.warn(f'confidence={distill.confidence}: the teacher was that sure of no pixel of the images without '
+                  'labels, so these taught nothing: give a lower one', stacklevel=4)
 
 def _warn_of_teacher(distill):
     "Say so, once a fit, when the teacher was no better than the student."

@@ -123,12 +123,10 @@ def loaded():
     return kept
 
 # --- one training ---
-def at(weight, **options): return ClassAttention(weight, LAYERS, **options)
+def at(weight): return ClassAttention(weight, LAYERS)
 TERMS = {'none': lambda: [], 'channel KD': lambda w: [ChannelKD(w)], 'class attention': lambda w: [at(w)], 'pixel KD': lambda w: [PixelKD(w)],
          'feature KD': lambda w: [FeatureKD(w, LAYERS)], 'DIST': lambda w: [DIST(w)],
-         'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)], 'DIST + class attention': lambda w, v: [DIST(w), at(v)], 'channel KD + DIST': lambda w, v: [ChannelKD(w), DIST(v)],
-         'class attention (absent classes too)': lambda w: [at(w, absent=True, region='all')], 'class attention (second half)': lambda w: [at(lambda p: 2 * w * (p > .5))],
-         'DIST + class attention (every 2nd batch)': lambda w, v: [DIST(w), at(v, every=2)]}
+         'channel KD + class attention': lambda w, v: [ChannelKD(w), at(v)], 'DIST + class attention': lambda w, v: [DIST(w), at(v)], 'channel KD + DIST': lambda w, v: [ChannelKD(w), DIST(v)]}
 USES = ', unlabelled too', ', labels for all', ', pseudo-labels', ', true labels choose'
 
 def split(method):
@@ -152,15 +150,15 @@ def train(pool, method, weights, seed, steps, tuning, amp=True):
     def batch(of):
         rows = of[torch.from_numpy(rng.integers(0, len(of), BS))]
         return pool['x'][rows], pool['mask'][rows].long()
-    for i in range(steps):
+    for _ in range(steps):
         (x, y), other = batch(first), batch(rest)
         with torch.autocast('cpu', torch.bfloat16, enabled=amp):
-            total = d.step(x, y, task, i / steps).total if d else task(student(x), y)
+            total = d.step(x, y, task).total if d else task(student(x), y)
             if use in (', labels for all', ', pseudo-labels'):
                 with torch.no_grad(): labels = other[1] if use == ', labels for all' else teacher(other[0]).argmax(1)
-                total = total + (d.step(other[0], labels, task, i / steps).total if d else task(student(other[0]), labels))
-            elif use == ', unlabelled too': total = total + d.step(other[0], None, progress=i / steps).total
-            elif use == ', true labels choose': total = total + d.step(*other, lambda *_: torch.zeros(()), i / steps).total
+                total = total + (d.step(other[0], labels, task).total if d else task(student(other[0]), labels))
+            elif use == ', unlabelled too': total = total + d.step(other[0], None).total
+            elif use == ', true labels choose': total = total + d.step(*other, lambda *_: torch.zeros(())).total
         opt.zero_grad(set_to_none=True)
         total.backward()
         opt.step(), sched.step()
@@ -199,7 +197,7 @@ U, P = ', unlabelled too', ', pseudo-labels'
 TRIED = {'none': [[]], f'channel KD{U}': [[.3], [1.], [3.], [9.], [27.]], f'class attention{U}': [[.02], [.07], [.2], [.6]], f'pixel KD{U}': [[.1], [.3], [1.], [3.]],
          f'feature KD{U}': [[.1], [.3], [1.], [3.]], f'DIST{U}': [[.1], [.3], [1.], [3.]], f'channel KD + class attention{U}': [[3., .02], [1., .02], [1., .07]],
          f'DIST + class attention{U}': [[.3, .02], [.3, .07], [.3, .2], [1., .07]], f'channel KD + DIST{U}': [[1., .3], [1., .1], [.3, .3]]}
-GRID_OF = ['none', f'channel KD{U}', f'class attention{U}', f'pixel KD{U}', f'feature KD{U}', f'DIST{U}', f'channel KD + class attention{U}', f'DIST + class attention{U}', f'none{P}', f'channel KD{P}', f'class attention{P}',
+GRID_OF = ['none', f'channel KD{U}', f'class attention{U}', f'pixel KD{U}', f'feature KD{U}', f'DIST{U}', f'channel KD + class attention{U}', f'DIST + class attention{U}', f'channel KD + DIST{U}', f'none{P}', f'channel KD{P}', f'class attention{P}',
            f'channel KD + class attention{P}', 'channel KD', 'class attention', 'none, labels for all']
 
 def known(file): return [json.loads(line) for line in open(file)] if file.exists() else []
@@ -216,7 +214,6 @@ def tune(args):
 
 def best(args, name):
     "The best weights of a loss, among those that were tuned here or in the file beside this script."
-    name = name.split(' (')[0]  # a form of class attention has the weight of class attention
     if name == 'none': return []
     found = [r for file in {FILE, args.out} for r in known(file) if r['tuning'] and split(r['method'])[0] == name]
     if not found: raise SystemExit(f'{name}: no weight was tuned; run tune first')

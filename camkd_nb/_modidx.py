@@ -696,6 +696,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'camkd_nb.loading.SeededDL.do_item': ('engine/loading.html#seededdl.do_item', 'camkd_nb/loading.py'),
                                   'camkd_nb.loading.SeededDL.new': ('engine/loading.html#seededdl.new', 'camkd_nb/loading.py'),
                                   'camkd_nb.loading.SeededDL.randomize': ('engine/loading.html#seededdl.randomize', 'camkd_nb/loading.py'),
+                                  'camkd_nb.loading.bare_loader': ('engine/loading.html#bare_loader', 'camkd_nb/loading.py'),
                                   'camkd_nb.loading.refuse_random_views': ( 'engine/loading.html#refuse_random_views',
                                                                             'camkd_nb/loading.py'),
                                   'camkd_nb.loading.training_items': ('engine/loading.html#training_items', 'camkd_nb/loading.py')},

@@ -26,6 +26,7 @@ from .files import fingerprint, whole_file
 from .groups import Attached, fitting
 from .identity import first_difference, identity
 from .layers import unwrapped
+from .loading import bare_loader
 from .terms import describe
 from .weights import read_tensors, save_tensors
 
@@ -42,7 +43,7 @@ def _distill(learn): return getattr(learn, 'distill', None)
 def _meters(learn): return {'loss': learn.recorder.smooth_loss, **(_distill(learn).smooth if _distill(learn) else {})}
 def _terms(learn): return _distill(learn).terms if _distill(learn) else {}
 def _optimiser(learn): return getattr(_distill(learn), 'own_group', None) or learn.opt  # with the terms' parameters
-def _loaders(learn): return [getattr(dl, 'dl', dl) for dl in learn.dls.loaders]  # wrapped in several processes
+def _loaders(learn): return [bare_loader(dl) for dl in learn.dls.loaders]
 
 def _named(things):
     "By class; a second one of a class is called `Name 2`, in the order in which they were added."

@@ -24,6 +24,7 @@ from .distiller import Distiller
 from .explain import explain_classes
 from .groups import Attached, OwnGroup, fitting, same_start
 from .inputs import check_task
+from .loading import bare_loader
 from .teachercheck import TeacherCheck, verdict
 from .terms import Term
 from .unlabelled import Unlabelled
@@ -177,7 +178,7 @@ def _task(learn, x):
 
 def _surely_labelled(learn):
     "Whether the learner's own data says, before a batch is made, that its images have labels."
-    data = getattr(getattr(learn.dls.train, 'dl', learn.dls.train), 'dataset', None)
+    data = getattr(bare_loader(learn.dls.train), 'dataset', None)
     return isinstance(data, Datasets) and len(data.tls) > data.n_inp
 
 def _check_use(distill, labelled):

@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from fastai.data.core import TfmdDL
 
+# %% ../nbs/engine/loading.ipynb #ef771f7e
+def bare_loader(
+    loader: Any,  # of a learner
+) -> Any:
+    "The loader itself, where several processes have wrapped it."
+    return getattr(loader, 'dl', loader)
+
 # %% ../nbs/engine/loading.ipynb #681ba003
 _NO_TTA = ('the validation images are read with the random crops of training, as `learn.tta` asks for: an average over '
            'different places of an image is no prediction. For an average over views, call '

@@ -23,6 +23,7 @@ from torch.utils.data import SequentialSampler
 
 from .explain import explain_classes
 from .files import fingerprint
+from .loading import bare_loader
 from .voc import VOID
 
 # %% ../nbs/engine/unlabelled.ipynb #023fb242
@@ -73,7 +74,7 @@ def _share(files):
 
 def _like_training(learn, files):
     "A loader of files that does what the learner's training loader does with images."
-    train = getattr(learn.dls.train, 'dl', learn.dls.train)  # wrapped in several processes
+    train = bare_loader(learn.dls.train)
     if not isinstance(getattr(train, 'dataset', None), Datasets):
         raise TypeError(f"unlabelled: these batches, of {type(learn.dls.train).__name__}, do not say how a photograph "
                         'becomes an input: give a DataLoader whose batches are images')
@@ -116,7 +117,7 @@ def _unseen(loader, taken):
 # %% ../nbs/engine/unlabelled.ipynb #941d9ce5
 def _is_read_by(learn, loader):
     "Whether a loader is one of the learner's own that can be copied."
-    return hasattr(loader, 'new') and any(loader in (one, getattr(one, 'dl', one)) for one in learn.dls.loaders)
+    return hasattr(loader, 'new') and any(loader in (one, bare_loader(one)) for one in learn.dls.loaders)
 
 class Unlabelled:
     "Batches of images without labels, as many as are asked for; a pass begins with each epoch."
